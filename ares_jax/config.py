@@ -1,0 +1,138 @@
+"""The one configuration tree. Every field is documented here, once; files in `configs/` only set values.
+
+A field is overridden from the command line as `--config.aepo.window=8`. The tree is locked: an unknown field is an error.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+
+def default_config() -> ConfigDict:
+    """Returns the tree with the paper's hyper-parameters (method.md, section 5) wherever the paper gives them."""
+    c = ConfigDict()
+    c.seed = 0  # every random choice of a run derives from it
+
+    m = c.model = ConfigDict()
+    m.pretrained = ""  # Hugging Face folder of a Qwen2.5-VL; empty: a new model of the shape below
+    m.dtype = "bfloat16"  # arithmetic: float32 or bfloat16 (statistics and softmax are always float32)
+    m.param_dtype = "float32"  # storage of the trained parameters
+    m.remat = True  # recompute each layer in the backward pass instead of keeping its activations
+    t = m.text = ConfigDict()  # text decoder, used when `pretrained` is empty
+    t.hidden_size, t.intermediate_size = 128, 384
+    t.num_layers, t.num_heads, t.num_kv_heads = 4, 4, 2
+    t.mrope_section = (4, 6, 6)  # rotary pairs for time, height, width; sums to half the head size
+    t.rope_theta = 10_000.0
+    v = m.vision = ConfigDict()  # vision tower, used when `pretrained` is empty
+    v.hidden_size, v.intermediate_size = 64, 128
+    v.num_layers, v.num_heads = 2, 2
+    v.full_attention_layers = (1,)  # the others attend within windows
+
+    d = c.data = ConfigDict()
+    d.source = "digits"  # "digits", or "jsonl" with the files below
+    d.train_files = ()  # JSONL of problems (data_pipeline/sources.py documents the schema)
+    d.validation_files = ()
+    d.test_files = ()
+    d.train_problems = 20_000  # size of the generated training set (digits)
+    d.validation_problems = 192  # an equal number of each level
+    d.test_problems = 900
+    d.vocab_size = 448  # of the BPE tokenizer that the digits task trains on its own text
+    d.min_pixels, d.max_pixels = 262_144, 4_194_304  # an image is scaled to between these (paper, section 5)
+
+    s = c.sampler = ConfigDict()
+    s.url = ""  # address of a running `ares_jax.serve`; empty: the command starts one as its own process
+    s.host, s.port = "127.0.0.1", 0  # where `serve` listens; port 0 takes a free one
+    s.slots = 256  # sequences decoded together
+    s.page_size = 16  # tokens a KV page
+    s.pages = 8192  # pages of the KV cache
+    s.decode_steps = 16  # tokens decoded per round trip to the host
+    s.prefill_batch = 16  # prompts prefilled together
+    s.max_prompt_tokens = 4096  # text and image tokens
+    s.max_prompt_patches = 16_384  # pixel patches of one prompt (four a merged vision token)
+    s.max_response_tokens = 16_384
+    s.temperature, s.top_p, s.top_k = 1.0, 0.99, 0  # top_k 0: off
+    s.start_timeout = 300.0  # seconds to wait for the service to answer
+
+    p = c.packing = ConfigDict()  # shape of a learner's micro-batch; nothing else is ever compiled
+    p.rows = 8
+    p.row_tokens = 32_768
+    p.row_patches = 65_536
+
+    o = c.optimizer = ConfigDict()  # AdamW of both stages; the learning rates stand with their stage
+    o.b1, o.b2, o.eps = 0.9, 0.999, 1e-8
+    o.weight_decay = 0.01
+    o.clip_norm = 1.0  # gradients above this global norm are scaled down
+
+    k = c.cold_start = ConfigDict()  # AdaCS: method.md, section 4
+    k.warmup_steps = 0  # short SFT that makes the starting model; 0: `model.pretrained` is the starting model
+    k.warmup_learning_rate = 2e-3
+    k.pass_rate_problems = 20_000  # problems whose pass rate is measured
+    k.pass_rate_samples = 8
+    k.selected = 10_000  # problems kept, uniformly over pass-rate brackets
+    k.epochs = 2
+    k.batch_size = 256  # responses per update
+    k.learning_rate = 2e-5
+    k.warmup_fraction = 0.05  # of the steps; then a cosine down to a tenth
+    k.save_every = 50  # steps
+
+    a = c.aepo = ConfigDict()  # AEPO: method.md, sections 2 and 3
+    a.steps = 400  # updates of the policy
+    a.token_budget = 0  # also stop once this many response tokens were sampled; 0: no limit
+    a.prompts_per_step = 512  # groups that survive filtering, per iteration
+    a.learning_rate = 1e-6
+    a.warmup_steps = 0
+    a.minibatches = 4  # updates per iteration (512 prompts, global batch 128)
+    a.group_size = 8  # leaves of a rollout tree
+    a.root_leaves = 4  # of which this many start at the root; group_size: no branching
+    a.max_branches_per_sequence = 2
+    a.window = 4  # tokens of an entropy window
+    a.tau_definition = "trajectory"  # or "window_median": batch median of the quantile of window means
+    a.tau_quantile = 0.95
+    a.tau_decay = 0.99  # EMA over iterations
+    a.difficulty_rule = "paper"  # buckets at 6/8 and 3/8; "released": 2/3 and 1/3
+    a.shaping = "released"  # entropy reward: "released", "paper" or "none"
+    a.shaping_weight = 0.5  # alpha of the released reward at the start; scale of the paper's
+    a.target_decay = 0.9  # EMA of windows per bucket: the target of later iterations
+    a.baseline = "grpo"  # or "rloo"
+    a.tree = "subtree"  # shared tokens count once, with the mean advantage of the leaves below; or "leaf"
+    a.entropy_bonus = 0.0  # weight of Algorithm 1's token bonus
+    a.clip_low, a.clip_high, a.clip_dual = 0.2, 0.3, 3.0
+    a.reduction = "token"  # or "seq"
+    a.old_log_probs = "sampler"  # denominator of the ratio; "recomputed": the learner's own, with truncated IS
+    a.importance_cap = 2.0
+    kl = a.kl = ConfigDict()
+    kl.weight = 0.01  # kappa at the start; 0: no reference model at all
+    kl.dynamic = True  # per-bucket controller and token-wise weights; False: a constant weight everywhere
+    kl.estimator = "k3"
+    kl.rho = 0.5  # factor inside validated windows
+    kl.target = (0.05, 0.05, 0.05)  # nats a token, easy, medium, hard: what the controller steers to
+    kl.rate = 0.1  # alpha_k
+    kl.minimum, kl.maximum = 1e-4, 0.5
+    f = a.filter = ConfigDict()
+    f.low, f.high = 0.01, 0.99  # groups with a mean reward outside are dropped
+    f.attempts = 20  # rounds of drawing before giving up
+    a.save_every = 20
+    a.validate_every = 20
+    a.log_rollouts_every = 10
+    a.keep_checkpoints = 2  # the newest; the best on validation is kept besides
+
+    e = c.evaluation = ConfigDict()
+    e.temperature = 0.5
+    e.top_p = 1.0
+    e.samples_shown = 60  # answers kept with their image for the report
+
+    c.lock()
+    return c
+
+
+def to_plain(config: ConfigDict) -> dict:
+    """Returns the tree as nested plain dicts (JSON-serialisable: tuples become lists)."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, (tuple, list)):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(config.to_dict())

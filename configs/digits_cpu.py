@@ -1,0 +1,23 @@
+"""The demo: arithmetic over real handwritten digits, a real but tiny Qwen2.5-VL, two CPU cores, some ten minutes."""
+
+from ares_jax.config import default_config
+
+
+def get_config():
+    c = default_config()
+    with c.unlocked():
+        c.model.update(dtype="float32", remat=False)
+        c.data.update(min_pixels=28 * 28, max_pixels=28 * 28 * 64)
+        c.sampler.update(
+            slots=256, page_size=16, pages=4096, max_prompt_tokens=64, max_prompt_patches=48, max_response_tokens=128
+        )
+        c.packing.update(rows=8, row_tokens=384, row_patches=160)
+        c.cold_start.update(
+            warmup_steps=220, warmup_learning_rate=2e-3, pass_rate_problems=768, selected=512, epochs=8, batch_size=64,
+            learning_rate=1e-3,
+        )
+        c.aepo.update(
+            steps=40, prompts_per_step=32, learning_rate=2e-4, minibatches=1, save_every=10, validate_every=10,
+            log_rollouts_every=5,
+        )
+    return c
