@@ -1,0 +1,39 @@
+# Two commands do everything: `make demo` and `make test`. Each installs what it needs into .venv first.
+PYTHON  ?= python3
+WORKDIR ?= runs/digits
+CONFIG  ?= configs/digits_cpu.py
+
+BIN := .venv/bin
+RUN := $(BIN)/python -m
+ARGS := --config=$(CONFIG) --workdir=$(WORKDIR)
+
+.PHONY: demo test ablation clean
+
+demo: .venv/.installed  ## cold start, AEPO, evaluation, export, report: the whole of ARES on handwritten digits
+	$(RUN) ares_jax.cold_start $(ARGS)
+	$(RUN) ares_jax.train $(ARGS)
+	$(RUN) ares_jax.evaluate $(ARGS)
+	$(RUN) ares_jax.convert $(ARGS)
+	$(RUN) ares_jax.report $(ARGS)
+
+test: .venv/.installed-test  ## lint, types, tests
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(RUN) pytest
+
+ablation: .venv/.installed  ## the table of the paper's ablation, 3 seeds a row (hours)
+	$(RUN) benchmarks.ablation $(ARGS)
+
+clean:  ## forget the demo's run; the installation stays
+	rm -rf $(WORKDIR)
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv || ($(PYTHON) -m pip install virtualenv && $(PYTHON) -m virtualenv .venv)
+
+.venv/.installed: requirements.txt | .venv/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/.installed-test: requirements-test.txt requirements.txt | .venv/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	touch $@ .venv/.installed

@@ -1,0 +1,87 @@
+"""Training checkpoints: one Orbax step holds parameters, optimizer state and everything else a run needs to go on."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from ares_jax.errors import UserError
+
+BEST_METRIC = "score"
+
+
+class Checkpoints:
+    """Steps under one folder: the newest `keep`, and the best by `score` besides. Saves are atomic and asynchronous.
+
+    A step has three parts, so that a reader can take the parameters alone:
+    `params` (flat dict of arrays), `optimizer` (pytree of arrays), `extra` (JSON).
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 2):
+        self.folder = folder.absolute()
+        best = checkpoint_managers.BestN(
+            get_metric_fn=lambda metrics: metrics[BEST_METRIC], n=1, keep_checkpoints_without_metrics=False
+        )
+        policy = checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(n=keep), best])
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(preservation_policy=policy, enable_async_checkpointing=True),
+        )
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(
+        self, step: int, params: Mapping[str, jax.Array], optimizer: Any, extra: Any, *, score: float | None = None
+    ) -> None:
+        """Starts saving `step`; `score` (higher is better) makes it a candidate for the best one."""
+        parts = ocp.args.Composite(
+            params=ocp.args.StandardSave(dict(params)),
+            optimizer=ocp.args.StandardSave(optimizer),
+            extra=ocp.args.JsonSave(extra),
+        )
+        self._manager.save(step, args=parts, metrics=None if score is None else {BEST_METRIC: score}, force=True)
+
+    def restore(self, step: int, params: Mapping[str, Any], optimizer: Any) -> tuple[dict[str, jax.Array], Any, Any]:
+        """Returns the three parts of `step`, laid out like the arrays (or ShapeDtypeStructs) given.
+
+        Raises:
+          UserError: the step is damaged, or of another model.
+        """
+        parts = ocp.args.Composite(
+            params=ocp.args.StandardRestore(_abstract(dict(params))),
+            optimizer=ocp.args.StandardRestore(_abstract(optimizer)),
+            extra=ocp.args.JsonRestore(),
+        )
+        restored = self._read(step, parts)
+        return restored["params"], restored["optimizer"], restored["extra"]
+
+    def restore_params(self, step: int, params: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Returns the parameters of `step` alone. Raises `UserError` as `restore` does."""
+        return self._read(step, ocp.args.Composite(params=ocp.args.StandardRestore(_abstract(dict(params)))))["params"]
+
+    def wait(self) -> None:
+        """Returns once every started save is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _read(self, step: int, parts: ocp.args.Composite):
+        try:
+            return self._manager.restore(step, args=parts)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            others = [other for other in self.steps() if other != step]
+            remedy = f"remove that folder to go on from step {max(others)}" if others else "remove it to start afresh"
+            raise UserError(f"checkpoint {self.folder / str(step)} cannot be read ({reason}); {remedy}") from error
+
+
+def _abstract(tree):
+    return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)

@@ -1,0 +1,50 @@
+"""Log-probability and entropy of every token of a packed micro-batch, from flat parameters."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from ares_jax.checkpoints.params import load_flat
+from ares_jax.models.qwen2_5_vl import Qwen25VL, VisionInputs
+from ares_jax.training.update import Batch, Params
+from kernels import token_log_probs_and_entropy
+
+TokenStatistics = Callable[[Params, Batch], tuple[Float[Array, "B T"], Float[Array, "B T"]]]
+
+
+def token_statistics(model: Qwen25VL, banned: Bool[Array, "V"], *, temperature: float = 1.0) -> TokenStatistics:
+    """Returns `f(params, batch) -> (log_probs [B, T], entropies [B, T])`, in nats, pure and differentiable in `params`.
+
+    The value at t concerns the token at t, drawn from the distribution that the tokens before it give; it is 0 at t = 0,
+    and means nothing at padding and at the first token of a segment. `banned` tokens are outside the distribution, as
+    they are in the sampler. `batch` holds the arrays of `data_pipeline.packing.pack`.
+    """
+    graphdef, template = nnx.split(model)
+
+    def statistics(params, batch):
+        model = nnx.merge(graphdef, template)
+        load_flat(model, params)
+        vision = VisionInputs(
+            batch["patches"], batch["patch_positions"], batch["patch_window_ids"], batch["patch_frame_ids"]
+        )
+        hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"], vision)
+        rows, length, width = hidden.shape
+        log_probs, entropies = token_log_probs_and_entropy(
+            hidden[:, :-1].reshape(-1, width), model.head, batch["tokens"][:, 1:].reshape(-1),
+            temperature=temperature, banned=banned,
+        )  # fmt: skip
+        at_token = ((0, 0), (1, 0))
+        return (
+            jnp.pad(log_probs.reshape(rows, length - 1), at_token),
+            jnp.pad(entropies.reshape(rows, length - 1), at_token),
+        )
+
+    return statistics
+
+
+def to_device(batch: dict, shardings: jax.sharding.Sharding | None = None) -> Batch:
+    """Returns the packed NumPy arrays as device arrays."""
+    return jax.device_put(batch, shardings)

@@ -1,0 +1,39 @@
+"""AdamW with gradient clipping and a learning-rate schedule."""
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+
+def make_optimizer(
+    optimizer: ConfigDict, *, learning_rate: float, steps: int, warmup_steps: int = 0, final_fraction: float = 1.0
+) -> optax.GradientTransformation:
+    """Returns AdamW as `config.optimizer` says.
+
+    Args:
+      optimizer: the section `optimizer` of the config.
+      learning_rate: of the plateau; reached after `warmup_steps`, then a cosine down to `final_fraction` of it.
+      steps: updates in all.
+    """
+    if final_fraction == 1.0:
+        after = optax.constant_schedule(learning_rate)
+    else:
+        after = optax.cosine_decay_schedule(learning_rate, max(steps - warmup_steps, 1), alpha=final_fraction)
+    warmup = optax.linear_schedule(0.0, learning_rate, max(warmup_steps, 1))
+    schedule = optax.join_schedules([warmup, after], [warmup_steps]) if warmup_steps else after
+
+    def decayed(params):  # biases and norm gains are not decayed; a stacked layer adds one axis to each
+        return {name: leaf.ndim >= (3 if "layers" in name.split(".") else 2) for name, leaf in params.items()}
+
+    return optax.chain(
+        optax.clip_by_global_norm(optimizer.clip_norm),
+        optax.adamw(
+            schedule, b1=optimizer.b1, b2=optimizer.b2, eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay, mask=decayed,
+        ),
+    )  # fmt: skip
+
+
+def count_parameters(params) -> int:
+    """Returns the number of scalars in a pytree of arrays."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
