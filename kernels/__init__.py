@@ -1,0 +1,17 @@
+"""The kernels of adaptive exploration: exact token entropy where tokens are drawn and where they are learned from.
+
+Each has a Pallas version and a plain-XLA twin behind one `implementation=` switch; none knows anything of `ares_jax`.
+"""
+
+from kernels.log_probs import token_log_probs_and_entropy
+from kernels.sampling import sample_with_entropy
+from kernels.window import WindowRing, window_means, window_push, window_ring
+
+__all__ = [
+    "WindowRing",
+    "sample_with_entropy",
+    "token_log_probs_and_entropy",
+    "window_means",
+    "window_push",
+    "window_ring",
+]

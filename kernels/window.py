@@ -1,0 +1,69 @@
+"""Window entropy: means of token entropies over w tokens, for whole trajectories and inside the decode step.
+
+Forward-looking (the paper's appendix D): the mean at t is over t .. t + w - 1. In sampling a window is complete only
+w - 1 tokens after its start, so a ring of the last w entropies gives, at step s, the mean of the window that began at
+s - w + 1. Both forms add the w entropies in the same order, so that they agree bit for bit.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def window_means(
+    entropy: Float[Array, "B T"], mask: Bool[Array, "B T"], window: int
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+    """Returns the forward-looking means (0 where there is none) and where a window is complete.
+
+    A window is complete iff its `window` positions all lie inside `mask`.
+    """
+    _check(window)
+    length = entropy.shape[1]
+    if window > length:
+        return jnp.zeros_like(entropy), jnp.zeros(entropy.shape, bool)
+    starts = length - window + 1
+    entropy = jnp.where(mask, entropy, 0.0)
+    total, complete = entropy[:, :starts], mask[:, :starts]
+    for offset in range(1, window):
+        total = total + entropy[:, offset : offset + starts]
+        complete = complete & mask[:, offset : offset + starts]
+    after = ((0, 0), (0, window - 1))
+    return jnp.pad(jnp.where(complete, total / window, 0.0), after), jnp.pad(complete, after)
+
+
+class WindowRing(NamedTuple):
+    """The last entropies of every sequence, oldest first, and how many it has seen."""
+
+    entropies: Float[Array, "B W"]
+    count: Int[Array, "B"]
+
+
+def window_ring(batch: int, window: int) -> WindowRing:
+    """Returns an empty ring for each of `batch` sequences."""
+    _check(window)
+    return WindowRing(jnp.zeros((batch, window), jnp.float32), jnp.zeros(batch, jnp.int32))
+
+
+def window_push(
+    ring: WindowRing, entropy: Float[Array, "B"], active: Bool[Array, "B"]
+) -> tuple[WindowRing, Float[Array, "B"], Bool[Array, "B"]]:
+    """Appends one entropy to every active sequence.
+
+    Returns the ring, the mean of the window that ends here (0 if there is none) and whether it is complete.
+    """
+    window = ring.entropies.shape[1]
+    entropies = jnp.where(
+        active[:, None], jnp.concatenate([ring.entropies[:, 1:], entropy[:, None]], axis=1), ring.entropies
+    )
+    count = ring.count + active
+    total = entropies[:, 0]
+    for offset in range(1, window):
+        total = total + entropies[:, offset]
+    complete = active & (count >= window)
+    return WindowRing(entropies, count), jnp.where(complete, total / window, 0.0), complete
+
+
+def _check(window: int) -> None:
+    if window < 1:
+        raise ValueError(f"window={window}: an entropy window has at least 1 token")
