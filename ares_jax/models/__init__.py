@@ -1,0 +1,1 @@
+"""Models: NNX modules with logical axis names on every parameter."""

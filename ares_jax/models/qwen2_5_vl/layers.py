@@ -1,0 +1,43 @@
+"""What both towers are made of: stacked parameters with logical axis names, RMSNorm, SwiGLU, a scan over layers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+Axes = tuple[str | None, ...]
+
+
+class Initializer:
+    """Makes the parameters of a model: one random stream, one storage type, a logical name for every axis."""
+
+    def __init__(self, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self._rngs, self._dtype = rngs, dtype
+
+    def normal(self, shape: tuple[int, ...], axes: Axes, *, fan_in: int) -> nnx.Param:
+        value = jax.random.normal(self._rngs.params(), shape, jnp.float32) * fan_in**-0.5
+        return self._param(value, axes)
+
+    def zeros(self, shape: tuple[int, ...], axes: Axes) -> nnx.Param:
+        return self._param(jnp.zeros(shape), axes)
+
+    def ones(self, shape: tuple[int, ...], axes: Axes) -> nnx.Param:
+        return self._param(jnp.ones(shape), axes)
+
+    def _param(self, value: jax.Array, axes: Axes) -> nnx.Param:
+        return nnx.Param(value.astype(self._dtype), logical_axes=axes)
+
+
+def rms_norm(x: Float[Array, "... D"], weight: Float[Array, "D"], eps: float) -> Float[Array, "... D"]:
+    """Root-mean-square normalisation; the statistic in float32."""
+    wide = x.astype(jnp.float32)
+    return weight.astype(x.dtype) * (wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def scan_layers(layer: Callable[[Any, Any], tuple[Any, Any]], carry: Any, stacked: Any, *, remat: bool) -> tuple[Any, Any]:
+    """Runs `layer(carry, slice)` over the leading axis of `stacked`; compile time does not grow with depth."""
+    body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
+    return jax.lax.scan(body, carry, stacked)

@@ -1,0 +1,104 @@
+"""Qwen2.5-VL: image features stand in for the image tokens, then the text decoder runs."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from ares_jax.models.qwen2_5_vl.config import Qwen25VLConfig
+from ares_jax.models.qwen2_5_vl.layers import Initializer
+from ares_jax.models.qwen2_5_vl.text import TextDecoder
+from ares_jax.models.qwen2_5_vl.vision import VisionInputs, VisionTower
+
+
+class Qwen25VL(nnx.Module):
+    """B rows of T tokens, P pixel patches a row; K key/value heads of size H; pages of S tokens."""
+
+    def __init__(
+        self,
+        config: Qwen25VLConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+        remat: bool = False,
+    ):
+        """`dtype` is the arithmetic's, `param_dtype` the storage's; `remat` recomputes layers in the backward pass."""
+        init = Initializer(rngs, param_dtype)
+        self.config = config
+        self.visual = VisionTower(config.vision, config.text.hidden_size, init, dtype=dtype, remat=remat)
+        self.text = TextDecoder(config.text, init, dtype=dtype, remat=remat)
+        if not config.tie_word_embeddings:
+            shape = (config.text.vocab_size, config.text.hidden_size)
+            self.lm_head = init.normal(shape, ("vocab", "embed"), fan_in=shape[1])
+
+    @property
+    def head(self) -> Float[Array, "V D"]:
+        """The output embedding, in the type of the arithmetic."""
+        weight = self.text.embedding if self.config.tie_word_embeddings else self.lm_head
+        return weight[...].astype(self.text.dtype)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B 3 T"],
+        segment_ids: Int[Array, "B T"],
+        vision: VisionInputs | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Returns the final hidden states. Attention is causal within a segment; segment 0 is padding."""
+        return self.text(self._embed(tokens, vision), positions, segment_ids, keep_kv=False)[0]
+
+    def prefill(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B 3 T"],
+        segment_ids: Int[Array, "B T"],
+        vision: VisionInputs | None = None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "L B T 2K H"]]:
+        """As `__call__`, and returns every layer's keys (2k) and values (2k + 1) besides."""
+        hidden, kv = self.text(self._embed(tokens, vision), positions, segment_ids, keep_kv=True)
+        assert kv is not None
+        return hidden, kv
+
+    def decode(
+        self,
+        tokens: Int[Array, "B"],
+        positions: Int[Array, "B"],
+        kv_pages: Float[Array, "L N S 2K H"],
+        page_table: Int[Array, "B M"],
+        lengths: Int[Array, "B"],
+    ) -> tuple[Float[Array, "B D"], Float[Array, "L N S 2K H"]]:
+        """Appends one token a row at slot `lengths` of its pages; returns the hidden states and the cache.
+
+        Page 0 is trash: table entries that are not in use hold 0.
+        """
+        return self.text.decode(self.text.embed(tokens), positions, kv_pages, page_table, lengths)
+
+    def _embed(self, tokens: Int[Array, "B T"], vision: VisionInputs | None) -> Float[Array, "B T D"]:
+        x = self.text.embed(tokens)
+        if vision is None:
+            return x
+        features = self.visual(vision).astype(x.dtype)
+        c = self.config
+        is_visual = (tokens == c.image_token_id) | (tokens == c.video_token_id)
+        # The n-th visual token of a row takes the n-th feature of the row.
+        index = jnp.clip(jnp.cumsum(is_visual, axis=1) - 1, 0, features.shape[1] - 1)
+        return jnp.where(is_visual[..., None], jnp.take_along_axis(features, index[..., None], axis=1), x)
+
+
+def abstract_model(config: Qwen25VLConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, remat: bool = False) -> Qwen25VL:
+    """Returns the model with shapes in place of arrays: to restore into, to compile ahead of time."""
+    return nnx.eval_shape(lambda: Qwen25VL(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype, remat=remat))
+
+
+def new_model(config: Qwen25VLConfig, seed: int, *, dtype=jnp.float32, param_dtype=jnp.float32, remat: bool = False) -> Qwen25VL:
+    """Returns a model with random weights."""
+
+    @jax.jit
+    def parameters():
+        model = Qwen25VL(config, rngs=nnx.Rngs(seed), dtype=dtype, param_dtype=param_dtype, remat=remat)
+        return nnx.state(model)
+
+    model = abstract_model(config, dtype=dtype, param_dtype=param_dtype, remat=remat)
+    nnx.update(model, parameters())
+    return model

@@ -1,0 +1,109 @@
+"""The text decoder: grouped-query attention with biases, multimodal rotary positions, SwiGLU."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from ares_jax.models.qwen2_5_vl.attention import attention, causal_mask, paged_attention, write_page_slot
+from ares_jax.models.qwen2_5_vl.config import TextConfig
+from ares_jax.models.qwen2_5_vl.layers import Initializer, rms_norm, scan_layers
+from ares_jax.models.qwen2_5_vl.rotary import mrope_angles, rotate
+
+
+class TextDecoder(nnx.Module):
+    """Stacked parameters: the leading axis of every array under `layers` is the layer."""
+
+    def __init__(self, config: TextConfig, init: Initializer, *, dtype: jnp.dtype, remat: bool):
+        c, n = config, config.num_layers
+        self.config, self.dtype, self.remat = config, dtype, remat
+        width, inner, query, kv = c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        self.embedding = init.normal((c.vocab_size, width), ("vocab", "embed"), fan_in=width)
+        self.layers = nnx.Dict(
+            norm1=init.ones((n, width), ("layers", "embed")),
+            q_kernel=init.normal((n, width, query), ("layers", "embed", "heads"), fan_in=width),
+            q_bias=init.zeros((n, query), ("layers", "heads")),
+            k_kernel=init.normal((n, width, kv), ("layers", "embed", "kv_heads"), fan_in=width),
+            k_bias=init.zeros((n, kv), ("layers", "kv_heads")),
+            v_kernel=init.normal((n, width, kv), ("layers", "embed", "kv_heads"), fan_in=width),
+            v_bias=init.zeros((n, kv), ("layers", "kv_heads")),
+            out_kernel=init.normal((n, query, width), ("layers", "heads", "embed"), fan_in=query * 2 * n),
+            norm2=init.ones((n, width), ("layers", "embed")),
+            gate_kernel=init.normal((n, width, inner), ("layers", "embed", "mlp"), fan_in=width),
+            up_kernel=init.normal((n, width, inner), ("layers", "embed", "mlp"), fan_in=width),
+            down_kernel=init.normal((n, inner, width), ("layers", "mlp", "embed"), fan_in=inner * 2 * n),
+        )
+        self.norm = init.ones((width,), ("embed",))
+
+    def embed(self, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
+        return self.embedding[...].astype(self.dtype)[tokens]
+
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B 3 T"], segment_ids: Int[Array, "B T"], *, keep_kv: bool
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "L B T 2K H"] | None]:
+        """Returns the normalised hidden states, and with `keep_kv` the keys and values, interleaved by head."""
+        rows, length, _ = x.shape
+        angles, mask = self._angles(positions), causal_mask(segment_ids)
+
+        def layer(x, p):
+            p = self._cast(p)
+            query, key, value = self._project(x, p, angles)
+            mixed = attention(query, key, value, mask)
+            x = self._mlp(x + mixed.reshape(rows, length, -1) @ p["out_kernel"], p)
+            return x, _interleave(key, value) if keep_kv else None
+
+        x, kv = scan_layers(layer, x, self._stacked(), remat=self.remat)
+        return rms_norm(x, self.norm[...], self.config.rms_norm_eps), kv
+
+    def decode(
+        self,
+        x: Float[Array, "B D"],
+        positions: Int[Array, "B"],
+        kv_pages: Float[Array, "L N S 2K H"],
+        page_table: Int[Array, "B M"],
+        lengths: Int[Array, "B"],
+    ) -> tuple[Float[Array, "B D"], Float[Array, "L N S 2K H"]]:
+        """One token a row; its text position is the same on all three axes."""
+        rows = x.shape[0]
+        angles = self._angles(jnp.broadcast_to(positions[:, None, None], (rows, 3, 1)))
+
+        # The cache is carried whole and written in place: as scanned input and output it would be copied at every step.
+        def layer(carry, stacked):
+            x, pages = carry
+            p, index = stacked
+            p = self._cast(p)
+            query, key, value = self._project(x[:, None], p, angles)
+            pages = write_page_slot(pages, index, _interleave(key, value)[:, 0], page_table, lengths)
+            mixed = paged_attention(query[:, 0], pages, index, page_table, lengths + 1)
+            return (self._mlp(x + mixed.reshape(rows, -1) @ p["out_kernel"], p), pages), None
+
+        layers = self._stacked(), jnp.arange(self.config.num_layers)
+        (x, kv_pages), _ = scan_layers(layer, (x, kv_pages), layers, remat=False)
+        return rms_norm(x, self.norm[...], self.config.rms_norm_eps), kv_pages
+
+    def _angles(self, positions: Int[Array, "B 3 T"]) -> Float[Array, "B T F"]:
+        c = self.config
+        return mrope_angles(positions, head_dim=c.head_dim, section=c.mrope_section, theta=c.rope_theta)
+
+    def _stacked(self) -> dict[str, jax.Array]:
+        return {name: value[...] for name, value in self.layers.items()}
+
+    def _cast(self, p: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return jax.tree.map(lambda a: a.astype(self.dtype), p)
+
+    def _project(self, x, p, angles):
+        c = self.config
+        h = rms_norm(x, p["norm1"], c.rms_norm_eps)
+        query, key, value = (
+            (h @ p[f"{name}_kernel"] + p[f"{name}_bias"]).reshape(*h.shape[:-1], -1, c.head_dim) for name in "qkv"
+        )
+        return rotate(query, angles), rotate(key, angles), value
+
+    def _mlp(self, x, p):
+        h = rms_norm(x, p["norm2"], self.config.rms_norm_eps)
+        return x + (jax.nn.silu(h @ p["gate_kernel"]) * (h @ p["up_kernel"])) @ p["down_kernel"]
+
+
+def _interleave(key: Float[Array, "B T K H"], value: Float[Array, "B T K H"]) -> Float[Array, "B T 2K H"]:
+    stacked = jnp.stack([key, value], axis=3)
+    return stacked.reshape(*key.shape[:2], -1, key.shape[3])

@@ -1,0 +1,80 @@
+"""The vision tower: pixel patches to one vector per merged token. Window attention, full attention in a few layers."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+from jaxtyping import Array, Float, Int
+
+from ares_jax.models.qwen2_5_vl.attention import attention, same_group_mask
+from ares_jax.models.qwen2_5_vl.config import VisionConfig
+from ares_jax.models.qwen2_5_vl.layers import Initializer, rms_norm, scan_layers
+from ares_jax.models.qwen2_5_vl.rotary import rotate, vision_angles
+
+_EPS = 1e-6
+
+
+@struct.dataclass
+class VisionInputs:
+    """The patches of each row of a batch, in the image processor's order, and `data_pipeline.vision_layout` of them."""
+
+    patches: Float[Array, "B P 1176"]
+    position_hw: Int[Array, "B P 2"]
+    window_ids: Int[Array, "B P"]
+    frame_ids: Int[Array, "B P"]
+
+
+class VisionTower(nnx.Module):
+    """Stacked parameters: the leading axis of every array under `layers` is the layer."""
+
+    def __init__(self, config: VisionConfig, out_size: int, init: Initializer, *, dtype: jnp.dtype, remat: bool):
+        c, n = config, config.num_layers
+        self.config, self.dtype, self.remat = config, dtype, remat
+        width, inner, merged = c.hidden_size, c.intermediate_size, c.hidden_size * c.spatial_merge_size**2
+        self.patch_embed = init.normal((c.patch_values, width), ("patch", "vision"), fan_in=c.patch_values)
+        self.layers = nnx.Dict(
+            norm1=init.ones((n, width), ("layers", "vision")),
+            qkv_kernel=init.normal((n, width, 3 * width), ("layers", "vision", "vision_heads"), fan_in=width),
+            qkv_bias=init.zeros((n, 3 * width), ("layers", "vision_heads")),
+            out_kernel=init.normal((n, width, width), ("layers", "vision_heads", "vision"), fan_in=width * 2 * n),
+            out_bias=init.zeros((n, width), ("layers", "vision")),
+            norm2=init.ones((n, width), ("layers", "vision")),
+            gate_kernel=init.normal((n, width, inner), ("layers", "vision", "vision_mlp"), fan_in=width),
+            gate_bias=init.zeros((n, inner), ("layers", "vision_mlp")),
+            up_kernel=init.normal((n, width, inner), ("layers", "vision", "vision_mlp"), fan_in=width),
+            up_bias=init.zeros((n, inner), ("layers", "vision_mlp")),
+            down_kernel=init.normal((n, inner, width), ("layers", "vision_mlp", "vision"), fan_in=inner * 2 * n),
+            down_bias=init.zeros((n, width), ("layers", "vision")),
+        )
+        self.merger_norm = init.ones((width,), ("vision",))
+        self.merger_in_kernel = init.normal((merged, merged), ("vision", "vision_mlp"), fan_in=merged)
+        self.merger_in_bias = init.zeros((merged,), ("vision_mlp",))
+        self.merger_out_kernel = init.normal((merged, out_size), ("vision_mlp", "embed"), fan_in=merged)
+        self.merger_out_bias = init.zeros((out_size,), ("embed",))
+
+    def __call__(self, inputs: VisionInputs) -> Float[Array, "B M D"]:
+        """Returns the features of the merged tokens, M = P / 4, in the order of their patches; padding gives anything."""
+        c = self.config
+        x = inputs.patches.astype(self.dtype) @ self.patch_embed[...].astype(self.dtype)
+        rows, count, width = x.shape
+        angles = vision_angles(inputs.position_hw, head_dim=c.head_dim)
+        in_window, in_frame = same_group_mask(inputs.window_ids), same_group_mask(inputs.frame_ids)
+        full = jnp.array([layer in c.full_attention_layers for layer in range(c.num_layers)])
+
+        def layer(x, stacked):
+            p, full = stacked
+            p = jax.tree.map(lambda a: a.astype(self.dtype), p)
+            h = rms_norm(x, p["norm1"], _EPS)
+            qkv = (h @ p["qkv_kernel"] + p["qkv_bias"]).reshape(rows, count, 3, c.num_heads, c.head_dim)
+            query, key = rotate(qkv[:, :, 0], angles), rotate(qkv[:, :, 1], angles)
+            mixed = attention(query, key, qkv[:, :, 2], jnp.where(full, in_frame, in_window))
+            x = x + mixed.reshape(rows, count, width) @ p["out_kernel"] + p["out_bias"]
+            h = rms_norm(x, p["norm2"], _EPS)
+            h = jax.nn.silu(h @ p["gate_kernel"] + p["gate_bias"]) * (h @ p["up_kernel"] + p["up_bias"])
+            return x + h @ p["down_kernel"] + p["down_bias"], None
+
+        params = {name: value[...] for name, value in self.layers.items()}
+        x, _ = scan_layers(layer, x, (params, full), remat=self.remat)
+        x = rms_norm(x, self.merger_norm[...], _EPS).reshape(rows, count // c.spatial_merge_size**2, -1)
+        x = x @ self.merger_in_kernel[...].astype(self.dtype) + self.merger_in_bias[...].astype(self.dtype)
+        x = jax.nn.gelu(x, approximate=False)
+        return x @ self.merger_out_kernel[...].astype(self.dtype) + self.merger_out_bias[...].astype(self.dtype)
