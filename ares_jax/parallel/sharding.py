@@ -1,0 +1,49 @@
+"""One table says over which mesh axis each logical axis of a parameter is split; nothing else in the code knows."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ares_jax.checkpoints.params import logical_axes, to_flat
+from ares_jax.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # rows of a batch are split over both
+
+RULES: dict[str, str | None] = {
+    "layers": None, "embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor",
+    "patch": None, "vision": "fsdp", "vision_heads": "tensor", "vision_mlp": "tensor",
+}  # fmt: skip
+
+
+def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns a mesh over all devices; one axis may be -1 and takes what the others leave."""
+    devices = list(devices if devices is not None else jax.devices())
+    sizes = [data, fsdp, tensor]
+    known = math.prod(size for size in sizes if size > 0)
+    if sizes.count(-1) == 1 and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        raise UserError(f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fill {len(devices)} devices")
+    return Mesh(np.array(devices).reshape(sizes), MESH_AXES)
+
+
+def param_shardings(model: nnx.Module, mesh: Mesh) -> dict[str, NamedSharding]:
+    """Returns where each parameter lives. A mesh axis that does not divide an array's axis is left out there."""
+    shapes = to_flat(model)
+    shardings = {}
+    for name, axes in logical_axes(model).items():
+        spec = [RULES[axis] if axis else None for axis in axes]
+        sizes = shapes[name].shape
+        fits = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, sizes, strict=True)]
+        shardings[name] = NamedSharding(mesh, PartitionSpec(*fits))
+    return shardings
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of a batch: rows over `data` and `fsdp`, everything else whole."""
+    return NamedSharding(mesh, PartitionSpec(BATCH))
