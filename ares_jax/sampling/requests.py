@@ -25,7 +25,6 @@ def rollout_request(
     top_k: int = 0,
     root_leaves: int | None = None,
     max_branches_per_sequence: int = 0,
-    window: int = 4,
     tau_high: float = math.inf,
 ) -> RolloutRequest:
     """Returns a request for `group_size` leaves. Without `root_leaves` and `tau_high` they are independent samples."""
@@ -40,7 +39,6 @@ def rollout_request(
         group_size=group_size,
         root_leaves=group_size if root_leaves is None else root_leaves,
         max_branches_per_sequence=max_branches_per_sequence,
-        window=window,
         tau_high=tau_high,
         temperature=temperature,
         top_p=top_p,

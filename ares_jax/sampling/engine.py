@@ -1,0 +1,403 @@
+"""The engine: admits prompts, decodes all live leaves together, branches, and hands back finished trees.
+
+A leaf is only a page-table row and a few numbers, so the batch is put together anew at every call from whatever is live.
+Every leaf starts the same way: it takes over the cached tokens before its first own token, feeds the last of them again
+and samples. For a root that prefix is the prompt, for a branch the prompt and the parent's tokens before the branch point.
+"""
+
+import collections
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from data_pipeline.vision_layout import vision_layout
+from jaxtyping import Bool
+
+from ares_jax.checkpoints.params import check_flat, to_flat
+from ares_jax.errors import UserError
+from ares_jax.models.qwen2_5_vl import Qwen25VL, VisionInputs
+from ares_jax.sampling.branching import select_branches
+from ares_jax.sampling.pages import OutOfPages, PagePool
+from ares_jax.sampling.programs import Programs, Rows
+from ares_jax.sampling.trajectory import RolloutGroup, RolloutRequest, Trajectory
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Sizes of the engine: all shapes that are ever compiled follow from them."""
+
+    max_slots: int  # leaves decoded together
+    page_size: int  # tokens
+    num_pages: int
+    max_prompt_tokens: int
+    max_prompt_patches: int
+    max_context_tokens: int  # prompt and response
+    prefill_batch: int
+    decode_steps: int  # tokens between two looks of the host
+    window: int  # tokens of an entropy window
+
+
+@dataclass
+class _Leaf:
+    group: "_Group"
+    index: int
+    parent: int
+    start: int  # branch position
+    pages: list[int]
+    cached: int  # tokens in the cache
+    count: int  # response tokens so far
+    done: bool = False
+    reason: str = ""
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass
+class _Group:
+    number: int
+    request: RolloutRequest
+    prompt_pages: list[int]
+    keys: np.ndarray  # [G, 2] uint32
+    leaves: list[_Leaf] = field(default_factory=list)
+    waiting: collections.deque = field(default_factory=collections.deque)  # (parent, start) of leaves not yet begun
+    branched: bool = False
+
+
+class Engine:
+    """Single-threaded: `submit`, then `step` until it has returned everything."""
+
+    def __init__(
+        self,
+        model: Qwen25VL,
+        options: EngineOptions,
+        *,
+        eos_token_ids: Sequence[int],
+        banned: Bool[np.ndarray, "V"],
+        trigger_mask: Bool[np.ndarray, "V"],
+        policy_version: int = 0,
+    ):
+        o, text = options, model.config.text
+        if o.max_prompt_tokens % o.page_size:
+            raise UserError(f"sampler.max_prompt_tokens={o.max_prompt_tokens}: make it a multiple of page_size {o.page_size}")
+        self.options = o
+        self.policy_version = policy_version
+        self._model = model
+        self._params = to_flat(model)
+        self._programs = Programs(
+            model, eos_token_ids=tuple(eos_token_ids), banned=jnp.asarray(banned), trigger=jnp.asarray(trigger_mask),
+            steps=o.decode_steps, page_size=o.page_size,
+        )  # fmt: skip
+        self._eos = set(map(int, eos_token_ids))
+        self._table_width = -(-o.max_context_tokens // o.page_size)
+        shape = (text.num_layers, o.num_pages, o.page_size, 2 * text.num_kv_heads, text.head_dim)
+        self._kv_pages = jnp.zeros(shape, model.text.dtype)
+        self._pool = PagePool(o.num_pages)
+        self._queue: collections.deque[tuple[int, RolloutRequest]] = collections.deque()
+        self._groups: dict[int, _Group] = {}  # admitted, oldest first
+        self._live: list[_Leaf] = []
+        self._copies: list[tuple[int, int]] = []
+        self._next = 0
+        self._totals = collections.Counter(prefilled=0, decoded=0, groups=0, preempted=0, calls=0)
+
+    def submit(self, request: RolloutRequest) -> int:
+        """Queues a request and returns its number. Raises `UserError` if it can never fit."""
+        o, tokens = self.options, len(request.token_ids)
+        context = tokens + request.max_new_tokens
+        limits = [
+            ("prompt tokens", tokens, o.max_prompt_tokens, "sampler.max_prompt_tokens"),
+            ("image patches", len(request.patches), o.max_prompt_patches, "sampler.max_prompt_patches"),
+            ("prompt and response tokens", context, o.max_context_tokens, "sampler.max_response_tokens"),
+        ]
+        pages = -(-tokens // o.page_size) + request.group_size * (-(-context // o.page_size))
+        limits.append(("cache pages", pages, o.num_pages - 1, "sampler.pages"))
+        for what, value, limit, setting in limits:
+            if value > limit:
+                raise UserError(f"problem {request.problem_id}: {value} {what}, the limit is {limit}; raise {setting}")
+        if tokens == 0 or request.group_size < 1 or not 1 <= request.root_leaves <= request.group_size:
+            raise UserError(
+                f"problem {request.problem_id}: {tokens} prompt tokens, group_size={request.group_size}, "
+                f"root_leaves={request.root_leaves}; need a prompt and 1 <= root_leaves <= group_size"
+            )
+        number, self._next = self._next, self._next + 1
+        self._queue.append((number, request))
+        return number
+
+    def cancel(self, number: int) -> None:
+        """Forgets a request; an unknown number is no error (it may just have finished)."""
+        self._queue = collections.deque(item for item in self._queue if item[0] != number)
+        if number in self._groups:
+            self._drop(self._groups[number])
+
+    def load_weights(self, flat: Mapping[str, jax.Array | np.ndarray], version: int) -> None:
+        """Takes new weights at once; leaves in flight go on with them. Raises `UserError` and changes nothing if they
+        do not fit."""
+        check_flat(self._params, flat)
+        self._params = {
+            name: jax.device_put(jnp.asarray(flat[name], old.dtype), old.sharding) for name, old in self._params.items()
+        }
+        self.policy_version = version
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._queue or self._groups)
+
+    def stats(self) -> dict[str, int]:
+        """Returns totals since the start (tokens prefilled and decoded, groups, preemptions) and the present load."""
+        return {
+            **self._totals, "live": len(self._live), "waiting": len(self._queue), "free_pages": self._pool.free,
+            "policy_version": self.policy_version,
+        }  # fmt: skip
+
+    def generate(self, requests: Sequence[RolloutRequest]) -> list[RolloutGroup]:
+        """Returns the groups of `requests`, in order."""
+        numbers = [self.submit(request) for request in requests]
+        finished: dict[int, RolloutGroup] = {}
+        while self.busy:
+            finished.update(self.step())
+        return [finished[number] for number in numbers]
+
+    def step(self) -> list[tuple[int, RolloutGroup]]:
+        """Admits what fits, decodes some tokens, and returns the groups that are complete, by request number."""
+        self._admit_leaves()
+        self._admit_groups()
+        if not self._live and len(self._groups) > 1:  # leaves wait for pages that only waiting groups hold
+            self._preempt(next(reversed(self._groups.values())))
+        if self._live:
+            self._decode()
+        finished = []
+        for group in list(self._groups.values()):
+            if group.waiting or not all(leaf.done for leaf in group.leaves):
+                continue
+            if not group.branched:
+                self._branch(group)
+            if not group.waiting:
+                finished.append((group.number, self._finish(group)))
+        return finished
+
+    # Admission.
+
+    def _admit_groups(self) -> None:
+        o = self.options
+        while self._queue and len(self._live) < o.max_slots:
+            batch: list[_Group] = []
+            while self._queue and len(batch) < o.prefill_batch:
+                number, request = self._queue[0]
+                wanted = len(self._live) + sum(group.request.root_leaves for group in batch)
+                needed = request.root_leaves * (-(-(len(request.token_ids) + o.decode_steps) // o.page_size) + 1)
+                if wanted >= o.max_slots or (self._groups or batch) and needed > self._pool.free:
+                    break
+                self._queue.popleft()
+                pages = self._pool.allocate(-(-len(request.token_ids) // o.page_size))
+                leaf_keys = jax.vmap(jax.random.fold_in, (None, 0))(
+                    jax.random.key(request.seed), jnp.arange(request.group_size)
+                )
+                keys = np.asarray(jax.random.key_data(leaf_keys))
+                group = _Group(number, request, pages, keys)
+                group.waiting.extend([(-1, 0)] * request.root_leaves)
+                batch.append(group)
+                self._groups[number] = group
+            if not batch:
+                return
+            self._prefill(batch)
+            self._admit_leaves()
+
+    def _prefill(self, groups: list[_Group]) -> None:
+        o, rows = self.options, self.options.prefill_batch
+        tokens = np.zeros((rows, o.max_prompt_tokens), np.int32)
+        segments, positions = np.zeros_like(tokens), np.zeros((rows, 3, o.max_prompt_tokens), np.int32)
+        pages = np.zeros((rows, o.max_prompt_tokens // o.page_size), np.int32)
+        patches = np.zeros((rows, o.max_prompt_patches, groups[0].request.patches.shape[1]), np.float32)
+        places = np.zeros((rows, o.max_prompt_patches, 2), np.int32)
+        windows, frames = np.zeros((2, rows, o.max_prompt_patches), np.int32)
+        for r, group in enumerate(groups):
+            request, count = group.request, len(group.request.token_ids)
+            tokens[r, :count], segments[r, :count], positions[r, :, :count] = request.token_ids, 1, request.positions
+            pages[r, : len(group.prompt_pages)] = group.prompt_pages
+            layout, size = vision_layout(request.grid_thw), len(request.patches)
+            patches[r, :size], places[r, :size] = request.patches, layout.position_hw
+            windows[r, :size], frames[r, :size] = layout.window_ids, layout.frame_ids
+            self._totals["prefilled"] += count
+        vision = VisionInputs(patches, places, windows, frames)
+        self._kv_pages = self._programs.prefill(self._params, self._kv_pages, tokens, positions, segments, vision, pages)
+
+    def _admit_leaves(self) -> None:
+        """Starts waiting leaves of admitted groups, oldest group first, while there are slots and pages."""
+        for group in list(self._groups.values()):
+            while group.waiting and len(self._live) < self.options.max_slots:
+                try:
+                    self._start_leaf(group, *group.waiting[0])
+                except OutOfPages:
+                    return
+                group.waiting.popleft()
+        self._flush_copies()
+
+    def _start_leaf(self, group: _Group, parent: int, start: int) -> None:
+        request, size = group.request, self.options.page_size
+        cached = len(request.token_ids) + start - 1
+        source = group.prompt_pages if parent < 0 else group.leaves[parent].pages
+        full, rest = divmod(cached, size)
+        own = self._pool.allocate(1) if rest else []
+        if rest:
+            self._copies.append((source[full], own[0]))
+        pages = self._pool.share(source[:full]) + own
+        leaf = _Leaf(group, len(group.leaves), parent, start, pages, cached, start)
+        for name, kind in _COLUMNS.items():
+            leaf.columns[name] = np.zeros(request.max_new_tokens, kind)
+            if parent >= 0:
+                leaf.columns[name][:start] = group.leaves[parent].columns[name][:start]
+        # Windows that reach over the branch point are the leaf's own.
+        begun = max(0, start - self.options.window + 1)
+        leaf.columns["window_means"][begun:] = 0
+        leaf.columns["window_mask"][begun:] = False
+        group.leaves.append(leaf)
+        self._live.append(leaf)
+
+    def _flush_copies(self) -> None:
+        if not self._copies:
+            return
+        count = self.options.max_slots  # one shape; the rest copies trash onto trash
+        for begin in range(0, len(self._copies), count):
+            pairs = np.zeros((2, count), np.int32)
+            chunk = np.array(self._copies[begin : begin + count], np.int32).T
+            pairs[:, : chunk.shape[1]] = chunk
+            self._kv_pages = self._programs.copy_pages(self._kv_pages, pairs[0], pairs[1])
+        self._copies.clear()
+
+    # Decoding.
+
+    def _decode(self) -> None:
+        o = self.options
+        self._flush_copies()
+        self._grow_pages()
+        leaves = self._live
+        rows = _bucket(len(leaves), o.max_slots)
+        longest = max(len(leaf.pages) for leaf in leaves)
+        width = min(self._table_width, _bucket(longest, max(self._table_width, longest), smallest=8))
+        table = np.zeros((rows, width), np.int32)
+        for r, leaf in enumerate(leaves):
+            table[r, : len(leaf.pages)] = leaf.pages
+        self._kv_pages, _, drawn = self._programs.decode(self._params, self._kv_pages, table, self._rows(leaves, rows))
+        self._record(leaves, jax.device_get(drawn))
+        self._live = [leaf for leaf in leaves if not leaf.done]
+        self._totals["calls"] += 1
+
+    def _grow_pages(self) -> None:
+        """Gives every live leaf the pages of its next tokens; the youngest groups make room if there are too few."""
+        size = self.options.page_size
+        for leaf in list(self._live):
+            if leaf not in self._live:
+                continue  # its group was just preempted
+            request = leaf.group.request
+            end = min(leaf.cached + self.options.decode_steps, len(request.token_ids) + request.max_new_tokens)
+            while (need := -(-end // size) - len(leaf.pages)) > 0:
+                try:
+                    leaf.pages += self._pool.allocate(need)
+                except OutOfPages:
+                    youngest = next(reversed(self._groups.values()))
+                    self._preempt(youngest)
+                    if youngest is leaf.group:
+                        break
+
+    def _preempt(self, group: _Group) -> None:
+        """Puts a group back to the head of the queue. It is drawn again from its seed: nothing is lost but time."""
+        self._drop(group)
+        self._queue.appendleft((group.number, group.request))
+        self._totals["preempted"] += 1
+
+    def _drop(self, group: _Group) -> None:
+        self._flush_copies()  # a page must not be given away with a copy into it under way
+        for leaf in group.leaves:
+            self._pool.release(leaf.pages)
+        self._pool.release(group.prompt_pages)
+        self._live = [leaf for leaf in self._live if leaf.group is not group]
+        del self._groups[group.number]
+
+    def _rows(self, leaves: list[_Leaf], count: int) -> Rows:
+        w = self.options.window
+        rows = Rows(
+            token=np.zeros(count, np.int32), length=np.zeros(count, np.int32), index=np.zeros(count, np.int32),
+            alive=np.zeros(count, bool), rope_delta=np.zeros(count, np.int32), end=np.zeros(count, np.int32),
+            key=np.zeros((count, 2), np.uint32), temperature=np.ones(count, np.float32),
+            top_p=np.ones(count, np.float32), top_k=np.zeros(count, np.int32),
+            tau_high=np.full(count, np.inf, np.float32), ring=np.zeros((count, w), np.float32),
+            ring_tokens=np.zeros((count, w), np.int32),
+        )  # fmt: skip
+        for r, leaf in enumerate(leaves):
+            request, n = leaf.group.request, leaf.count
+            rows.token[r] = leaf.columns["token_ids"][n - 1] if n else request.token_ids[-1]
+            rows.length[r], rows.index[r], rows.alive[r] = leaf.cached, n, True
+            rows.rope_delta[r], rows.end[r] = request.rope_delta, request.max_new_tokens
+            rows.key[r] = leaf.group.keys[leaf.index]
+            rows.temperature[r], rows.top_p[r], rows.top_k[r] = request.temperature, request.top_p, request.top_k
+            rows.tau_high[r] = request.tau_high
+            seen = min(n, w)
+            if seen:
+                rows.ring[r, w - seen :] = leaf.columns["entropies"][n - seen : n]
+                rows.ring_tokens[r, w - seen :] = leaf.columns["token_ids"][n - seen : n]
+        return rows
+
+    def _record(self, leaves: list[_Leaf], drawn) -> None:
+        counts = drawn.valid.sum(axis=0)
+        reach = self.options.window - 1
+        for r, leaf in enumerate(leaves):
+            new, n = int(counts[r]), leaf.count
+            own, begun = slice(n, n + new), max(0, n - reach)
+            leaf.columns["token_ids"][own] = drawn.token[:new, r]
+            leaf.columns["log_probs"][own] = drawn.log_prob[:new, r]
+            leaf.columns["entropies"][own] = drawn.entropy[:new, r]
+            leaf.columns["policy_version"][own] = self.policy_version
+            ended = slice(begun, max(begun, n + new - reach))  # a window that ends at s began at s - w + 1
+            skip = begun - (n - reach)
+            leaf.columns["window_means"][ended] = drawn.window_mean[skip:new, r]
+            leaf.columns["window_mask"][ended] = drawn.window_hit[skip:new, r]
+            leaf.count += new
+            leaf.cached += new
+            stopped = int(leaf.columns["token_ids"][leaf.count - 1]) in self._eos
+            leaf.done = stopped or leaf.count >= leaf.group.request.max_new_tokens
+            leaf.reason = "stop" if stopped else "length"
+            self._totals["decoded"] += new
+
+    # Trees.
+
+    def _branch(self, group: _Group) -> None:
+        request = group.request
+        points = select_branches(
+            [leaf.columns["window_means"][: leaf.count] for leaf in group.leaves],
+            [leaf.columns["window_mask"][: leaf.count] for leaf in group.leaves],
+            slots=request.group_size - request.root_leaves,
+            max_per_sequence=request.max_branches_per_sequence,
+            spacing=self.options.window,
+        )
+        fresh = request.group_size - request.root_leaves - len(points)
+        group.waiting.extend([*points, *[(-1, 0)] * fresh])
+        group.branched = True
+
+    def _finish(self, group: _Group) -> RolloutGroup:
+        prompt = len(group.request.token_ids)
+        leaves = tuple(
+            Trajectory(
+                **{name: column[: leaf.count].copy() for name, column in leaf.columns.items()},
+                parent=leaf.parent, branch_position=leaf.start, finish_reason=leaf.reason,
+            )
+            for leaf in group.leaves
+        )  # fmt: skip
+        delivered = sum(prompt + leaf.count for leaf in group.leaves)
+        computed = prompt + sum(leaf.count - leaf.start for leaf in group.leaves)
+        self._drop(group)
+        self._totals["groups"] += 1
+        return RolloutGroup(group.request.problem_id, leaves, prompt, computed, delivered - computed)
+
+
+_COLUMNS = {
+    "token_ids": np.int32, "log_probs": np.float32, "entropies": np.float32, "window_means": np.float32,
+    "window_mask": np.bool_, "policy_version": np.int32,
+}  # fmt: skip
+
+
+def _bucket(value: int, largest: int, *, smallest: int = 16) -> int:
+    """Returns the smallest of smallest, 2 x, 4 x, ... that holds `value`, at most `largest`: few shapes are compiled."""
+    size = smallest
+    while size < value:
+        size *= 2
+    return min(size, largest)
