@@ -1,0 +1,65 @@
+"""Starts a sampler as a process of its own, that never outlives the command that started it."""
+
+import ctypes
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ares_jax.errors import UserError
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+class SamplerProcess:
+    """A running sampler; leaving the `with` block stops it."""
+
+    def __init__(self, process: subprocess.Popen, url: str):
+        self._process = process
+        self.url = url
+        self.pid = process.pid
+
+    def stop(self) -> None:
+        """Asks it to end, and ends it if it does not."""
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def __enter__(self) -> "SamplerProcess":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+
+def start_sampler(arguments: Sequence[str], *, folder: Path, timeout: float) -> SamplerProcess:
+    """Runs `python -m ares_jax.serve` and returns once it answers; its output goes to `folder/sampler.log`.
+
+    Raises:
+      UserError: it ended, or did not answer in `timeout` seconds; the last lines of its log are in the message.
+    """
+    ready, log = folder / "sampler.ready.json", folder / "sampler.log"
+    ready.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "ares_jax.serve", *arguments, f"--ready_file={ready}"]
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=_die_with_parent)
+    deadline = time.monotonic() + timeout
+    while not ready.exists():
+        if process.poll() is not None or time.monotonic() > deadline:
+            state = f"ended with {process.poll()}" if process.poll() is not None else f"gave no answer in {timeout:.0f} s"
+            process.kill()
+            last = " | ".join(log.read_text().strip().splitlines()[-3:])
+            raise UserError(f"the sampler {state}; {log} ends with: {last or 'nothing'}")
+        time.sleep(0.05)
+    return SamplerProcess(process, json.loads(ready.read_text())["url"])
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":  # also when the parent is killed by SIGKILL
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

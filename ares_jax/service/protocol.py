@@ -1,0 +1,118 @@
+"""What goes over the wire: JSON, arrays as base64 of their little-endian bytes."""
+
+import base64
+import math
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, Field
+
+from ares_jax.sampling.trajectory import RolloutGroup, RolloutRequest, Trajectory
+
+_DTYPES = {"int32", "float32", "bool"}
+_REQUEST_ARRAYS = {"token_ids": "int32", "patches": "float32", "grid_thw": "int32", "positions": "int32"}
+_LEAF_ARRAYS = {
+    "token_ids": "int32", "log_probs": "float32", "entropies": "float32", "window_means": "float32",
+    "window_mask": "bool", "policy_version": "int32",
+}  # fmt: skip
+
+
+class ArrayModel(BaseModel):
+    """An array: numpy's name of the type, the shape, and the bytes in row-major order."""
+
+    dtype: str
+    shape: list[int] = Field(max_length=4)
+    data: str
+
+
+class GroupModel(BaseModel):
+    """`RolloutRequest` as JSON. An infinite tau_high is null."""
+
+    problem_id: str
+    token_ids: ArrayModel
+    patches: ArrayModel
+    grid_thw: ArrayModel
+    positions: ArrayModel
+    rope_delta: int
+    seed: int = Field(ge=0, lt=2**31)
+    group_size: int = Field(ge=1, le=1024)
+    root_leaves: int = Field(ge=1, le=1024)
+    max_branches_per_sequence: int = Field(ge=0)
+    tau_high: float | None
+    temperature: float = Field(ge=0)
+    top_p: float = Field(gt=0, le=1)
+    top_k: int = Field(ge=0)
+    max_new_tokens: int = Field(ge=1)
+
+
+class RolloutsModel(BaseModel):
+    """Body of `POST /v1/rollouts`."""
+
+    groups: list[GroupModel] = Field(min_length=1, max_length=4096)
+
+
+def encode_array(array: np.ndarray) -> dict[str, Any]:
+    """Returns the JSON form of an array."""
+    array = np.ascontiguousarray(array)
+    data = base64.b64encode(array.tobytes()).decode()
+    return {"dtype": array.dtype.name, "shape": list(array.shape), "data": data}
+
+
+def decode_array(value: dict[str, Any], dtype: str) -> np.ndarray:
+    """Returns the array of its JSON form. Raises `ValueError` if type, shape and bytes do not agree."""
+    if value["dtype"] != dtype or dtype not in _DTYPES:
+        raise ValueError(f"array of {value['dtype']}, expected {dtype}")
+    data = base64.b64decode(value["data"], validate=True)
+    shape = tuple(value["shape"])
+    if min(shape, default=0) < 0 or math.prod(shape) * np.dtype(dtype).itemsize != len(data):
+        raise ValueError(f"array of shape {list(shape)} and type {dtype} does not hold {len(data)} bytes")
+    return np.frombuffer(data, dtype).reshape(shape)
+
+
+def encode_request(request: RolloutRequest) -> dict[str, Any]:
+    """Returns the JSON form of a request."""
+    plain = {name: value for name, value in vars(request).items() if name not in _REQUEST_ARRAYS}
+    plain["tau_high"] = request.tau_high if math.isfinite(request.tau_high) else None
+    arrays = {
+        name: encode_array(np.asarray(getattr(request, name), dtype)) for name, dtype in _REQUEST_ARRAYS.items()
+    }
+    return {**plain, **arrays}
+
+
+def decode_request(model: GroupModel) -> RolloutRequest:
+    """Returns the request of its JSON form. Raises `ValueError` naming the field whose array is wrong."""
+    value = model.model_dump()
+    for name, dtype in _REQUEST_ARRAYS.items():
+        try:
+            value[name] = decode_array(value[name], dtype)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    tokens = len(value["token_ids"]) if value["token_ids"].ndim == 1 else -1
+    expected = {
+        "token_ids": (tokens,), "positions": (3, tokens), "patches": (len(value["patches"]), 1176),
+        "grid_thw": (len(value["grid_thw"]), 3),
+    }  # fmt: skip
+    for name, shape in expected.items():
+        if value[name].shape != shape or tokens < 1:
+            raise ValueError(f"{name} has shape {list(value[name].shape)}, expected {list(shape)}")
+    if int(value["grid_thw"].prod(axis=1).sum()) != len(value["patches"]):
+        raise ValueError(f"grid_thw counts other than the {len(value['patches'])} patches given")
+    value["tau_high"] = math.inf if value["tau_high"] is None else value["tau_high"]
+    return RolloutRequest(**value)
+
+
+def encode_group(group: RolloutGroup) -> dict[str, Any]:
+    """Returns the JSON form of a finished group."""
+    leaves = [
+        {**vars(leaf), **{name: encode_array(getattr(leaf, name)) for name in _LEAF_ARRAYS}} for leaf in group.leaves
+    ]
+    return {**vars(group), "leaves": leaves}
+
+
+def decode_group(value: dict[str, Any]) -> RolloutGroup:
+    """Returns the group of its JSON form."""
+    leaves = tuple(
+        Trajectory(**{**leaf, **{name: decode_array(leaf[name], dtype) for name, dtype in _LEAF_ARRAYS.items()}})
+        for leaf in value["leaves"]
+    )
+    return RolloutGroup(**{**value, "leaves": leaves})

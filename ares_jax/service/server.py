@@ -1,0 +1,145 @@
+"""The HTTP server: rollouts out, weights in. Loopback only, unless a token is set."""
+
+import asyncio
+import hmac
+import json
+import os
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
+
+from ares_jax.errors import UserError
+from ares_jax.metrics import write_json
+from ares_jax.service.protocol import RolloutsModel, decode_request, encode_group
+from ares_jax.service.worker import EngineLike, Worker
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Beyond these a request is refused: 413 for the body, 503 for the queue."""
+
+    body_bytes: int = 64 * 2**30  # weights come as one body
+    queued_groups: int = 65_536
+
+
+def make_app(worker: Worker, *, model_name: str, token: str = "", limits: Limits = Limits()) -> FastAPI:
+    """Returns the application. With a `token`, every path but /health asks for it as a bearer token."""
+    app = FastAPI(title="ares-jax sampler", docs_url=None, redoc_url=None)
+    in_flight = 0
+
+    @app.middleware("http")
+    async def guard(request: Request, call_next):
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if token and request.url.path != "/health" and not hmac.compare_digest(given.encode(), token.encode()):
+            return JSONResponse({"error": "missing or wrong token"}, 401)
+        if int(request.headers.get("content-length") or 0) > limits.body_bytes:
+            return JSONResponse({"error": f"the body is larger than {limits.body_bytes} bytes"}, 413)
+        return await call_next(request)
+
+    @app.get("/health")
+    async def health():
+        if worker.failure:
+            return JSONResponse({"status": "failed", "reason": worker.failure}, 500)
+        return {"status": "ok", "policy_version": worker.policy_version}
+
+    @app.get("/v1/models")
+    async def models():
+        return {"object": "list", "data": [{"id": model_name, "object": "model", "owned_by": "ares-jax"}]}
+
+    @app.get("/metrics")
+    async def metrics():
+        lines = [f"ares_sampler_{name} {value}" for name, value in worker.stats().items()]
+        return PlainTextResponse("\n".join(lines) + "\n")
+
+    @app.put("/v1/weights")
+    async def put_weights(version: int, request: Request):
+        body = await request.body()
+        try:
+            flat = await asyncio.to_thread(load_safetensors, body)
+        except (SafetensorError, ValueError) as error:
+            raise HTTPException(422, f"the body is no safetensors file ({error})") from None
+        try:
+            await asyncio.wrap_future(worker.load_weights(flat, version))
+        except UserError as error:
+            raise HTTPException(422, str(error)) from None
+        return {"policy_version": version}
+
+    @app.post("/v1/rollouts")
+    async def rollouts(body: RolloutsModel):
+        nonlocal in_flight
+        try:
+            requests = [decode_request(group) for group in body.groups]
+        except ValueError as error:
+            raise HTTPException(422, str(error)) from None
+        if in_flight + len(requests) > limits.queued_groups:
+            raise HTTPException(503, f"{in_flight} groups wait already", headers={"Retry-After": "1"})
+        in_flight += len(requests)
+        futures = [worker.rollout(request) for request in requests]
+
+        async def lines():
+            nonlocal in_flight
+            waiting = {asyncio.wrap_future(future): index for index, future in enumerate(futures)}
+            try:
+                while waiting:
+                    done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                    for item in done:
+                        index, error = waiting.pop(item), item.exception()
+                        answer = {"error": str(error)} if error else {"group": encode_group(item.result())}
+                        yield json.dumps({"index": index, **answer}) + "\n"
+            finally:  # also when the client has gone
+                for index in waiting.values():
+                    worker.cancel(futures[index])
+                in_flight -= len(requests)
+
+        return StreamingResponse(lines(), media_type="application/x-ndjson")
+
+    return app
+
+
+def run_server(
+    make_engine: Callable[[], EngineLike], *, host: str, port: int, model_name: str, ready_file: Path | None = None
+) -> None:
+    """Serves until SIGTERM, then lets running requests finish. `port` 0 takes a free one.
+
+    `ready_file` receives {"url", "pid"} once the server answers. The token is the environment variable ARES_TOKEN.
+
+    Raises:
+      UserError: the port is taken, or the address is not loopback and there is no token.
+    """
+    token = os.environ.get("ARES_TOKEN", "")
+    if host not in _LOOPBACK and not token:
+        raise UserError(f"sampler.host={host} can be reached from outside: set the environment variable ARES_TOKEN")
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise UserError(
+            f"sampler.port={port} on {host}: {error.strerror}; stop what listens there, or use --config.sampler.port=0"
+        ) from None
+    worker = Worker(make_engine())
+    url = f"http://{host}:{listener.getsockname()[1]}"
+    app = make_app(worker, model_name=model_name, token=token)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30))
+
+    async def serve():
+        running = asyncio.create_task(server.serve(sockets=[listener]))
+        while not server.started and not running.done():
+            await asyncio.sleep(0.01)
+        if ready_file is not None and server.started:
+            write_json(ready_file, {"url": url, "pid": os.getpid()})
+        print(f"sampler ready at {url}", flush=True)
+        await running
+
+    # The terminal's Ctrl-C reaches the whole process group; the command that started this sampler stops it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    asyncio.run(serve())
+    worker.stop()
