@@ -1,19 +1,163 @@
-"""What every command needs of a run: tokenizer, prompts, problems, the model and the newest weights of each stage."""
+"""What every command needs of a run: tokenizer, prompts, problems, the model's structure, the weights of each stage."""
 
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from data_pipeline import sources, tokenizer
+from data_pipeline import digits, sources, tokenizer
 from data_pipeline.prompts import PromptEncoder
-from flax import nnx
+from jaxtyping import Bool
 from ml_collections import ConfigDict
 
 from ares_jax.aepo.trigger_words import trigger_mask
-from ares_jax.checkpoints import load_hf
+from ares_jax.checkpoints.huggingface import load_hf, read_config
 from ares_jax.checkpoints.manager import Checkpoints
-from ares_jax.checkpoints.params import to_flat
+from ares_jax.checkpoints.params import to_flat, with_params
+from ares_jax.cli import save_config
 from ares_jax.errors import UserError
 from ares_jax.models.qwen2_5_vl import Qwen25VL, Qwen25VLConfig, TextConfig, VisionConfig
+from ares_jax.models.qwen2_5_vl.model import abstract_model, new_model
+from ares_jax.service.client import RolloutClient
+from ares_jax.service.process import start_sampler
+from ares_jax.training.update import Params
+
+STAGES = ("base", "cold_start", "aepo")  # in the order in which they come
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A run's folder, opened. `model` is abstract: shapes in place of weights."""
+
+    config: ConfigDict
+    folder: Path
+    encoder: PromptEncoder
+    model: Qwen25VL
+    banned: Bool[np.ndarray, "V"]  # never sampled, and outside every normaliser: sampler and learner share it
+    trigger: Bool[np.ndarray, "V"]  # V_sem
+
+    @property
+    def tokenizer(self):
+        return self.encoder.tokenizer
+
+    def problems(self, split: str) -> sources.Source:
+        """Returns the problems of "train", "validation" or "test"."""
+        d = self.config.data
+        try:
+            return sources.make_source(
+                d.source, split, files=d[f"{split}_files"], size=d[f"{split}_problems"], seed=self.config.seed
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Returns the text of a response, without its end-of-turn token."""
+        ids = [i for i in token_ids if i != self.tokenizer.eos_token_id]
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    def initial_params(self) -> Params:
+        """Returns the weights before any training: pretrained, or random."""
+        m = self.config.model
+        if m.pretrained:
+            return to_flat(load_hf(m.pretrained, dtype=jnp.dtype(m.param_dtype)))
+        return to_flat(new_model(self.model.config, self.config.seed, **_types(self.config)))
+
+    def checkpoints(self, stage: str) -> Checkpoints:
+        return Checkpoints(self.folder / "checkpoints" / stage, keep=self.config.aepo.keep_checkpoints)
+
+    def trained_stages(self) -> list[str]:
+        """Returns the stages that have a checkpoint."""
+        folder = self.folder / "checkpoints"
+        return [s for s in STAGES if (folder / s).is_dir() and self.checkpoints(s).latest() is not None]
+
+    def params(self, stage: str) -> Params:
+        """Returns the newest weights of a stage. Raises `UserError` if it has none, or they are damaged."""
+        if stage == "base" and not self.config.cold_start.warmup_steps:
+            return self.initial_params()
+        manager = self.checkpoints(stage)
+        if (step := manager.latest()) is None:
+            command = "train" if stage == "aepo" else "cold_start"
+            raise UserError(f"{manager.folder}: no checkpoint yet; run `python -m ares_jax.{command}` first")
+        return manager.restore_params(step, to_flat(self.model))
+
+    def load(self, stage: str) -> Qwen25VL:
+        """Returns the model with the newest weights of a stage."""
+        return with_params(self.model, self.params(stage))
+
+    @contextmanager
+    def sampler(self) -> Iterator[RolloutClient]:
+        """Yields a client of the sampler service: the one at `sampler.url`, or one started as its own process."""
+        s = self.config.sampler
+        if s.url:
+            client = RolloutClient(s.url.split(","), patience=s.start_timeout)
+            client.wait_until_ready()
+            yield client
+            return
+        resolved = Path(__file__).parents[1] / "configs" / "resolved.py"
+        arguments = [f"--config={resolved}:{self.folder / 'config.json'}", f"--workdir={self.folder}"]
+        with start_sampler(arguments, folder=self.folder, timeout=s.start_timeout) as process:
+            yield RolloutClient([process.url], patience=s.start_timeout)
+
+
+def open_workspace(config: ConfigDict, folder: Path) -> Workspace:
+    """Makes or opens the run in `folder`: its tokenizer and `config.json` are written if they are not there."""
+    m, d = config.model, config.data
+    save_config(config, folder)
+    if m.pretrained:
+        text, pixels = tokenizer.load_processors(Path(m.pretrained))
+        pixels = tokenizer.make_image_processor(d.min_pixels, d.max_pixels)
+        model_config = read_config(Path(m.pretrained))
+    else:
+        processors = folder / "tokenizer"
+        if not processors.is_dir():
+            trained = tokenizer.train_tokenizer(digits.corpus(), d.vocab_size)
+            tokenizer.save_processors(processors, trained, tokenizer.make_image_processor(d.min_pixels, d.max_pixels))
+        text, pixels = tokenizer.load_processors(processors)
+        model_config = _model_config(config, text)
+    vocabulary = model_config.text.vocab_size
+    strings = tokenizer.token_strings(text)
+    banned = np.arange(vocabulary) >= len(text)
+    banned[[i for i in text.convert_tokens_to_ids(list(tokenizer.NEVER_SAMPLED)) if i is not None]] = True
+    trigger = np.zeros(vocabulary, bool)
+    trigger[: len(strings)] = trigger_mask(strings)
+    model = abstract_model(model_config, **_types(config))
+    return Workspace(config, folder, PromptEncoder(text, pixels), model, banned, trigger)
+
+
+def _model_config(config: ConfigDict, text) -> Qwen25VLConfig:
+    t, v = config.model.text, config.model.vision
+    ids = dict(
+        zip(
+            ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"),
+            text.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]),
+            strict=True,
+        )
+    )
+    return Qwen25VLConfig(
+        TextConfig(
+            math.ceil(len(text) / 64) * 64, t.hidden_size, t.intermediate_size, t.num_layers, t.num_heads, t.num_kv_heads,
+            tuple(t.mrope_section), t.rope_theta,
+        ),
+        VisionConfig(v.hidden_size, v.intermediate_size, v.num_layers, v.num_heads, tuple(v.full_attention_layers)),
+        **ids,
+    )  # fmt: skip
+
+
+def _types(config: ConfigDict) -> dict:
+    m = config.model
+    return {"dtype": jnp.dtype(m.dtype), "param_dtype": jnp.dtype(m.param_dtype), "remat": m.remat}
+
+
+def host(params: Params) -> dict[str, np.ndarray]:
+    """Returns the weights as NumPy arrays, to send."""
+    return jax.device_get(dict(params))
+
+
+def take(source: sources.Source, count: int) -> list:
+    """Returns the first `count` problems."""
+    return list(itertools.islice((source[i] for i in range(len(source))), count))

@@ -63,7 +63,7 @@ def load_hf(path: str | Path, *, mesh: jax.sharding.Mesh | None = None, dtype: j
       UserError: a file is missing or truncated, or a tensor is missing, unknown or of the wrong shape; it is named.
     """
     folder = Path(path)
-    config = Qwen25VLConfig.from_hf(_read_json(folder / "config.json"))
+    config = read_config(folder)
     tensors = _Tensors(folder)
     storage = dtype or tensors.dtype()
     template = abstract_model(config, dtype=dtype or jnp.float32, param_dtype=storage)
@@ -77,6 +77,11 @@ def load_hf(path: str | Path, *, mesh: jax.sharding.Mesh | None = None, dtype: j
     if unknown:
         raise UserError(f"{folder}: {len(unknown)} tensors do not belong to Qwen2.5-VL, the first is {unknown[0]}")
     return with_params(template, flat)
+
+
+def read_config(folder: Path) -> Qwen25VLConfig:
+    """Returns the shape of the model in a Hugging Face folder."""
+    return Qwen25VLConfig.from_hf(_read_json(folder / "config.json"))
 
 
 def save_hf(model: Qwen25VL, path: str | Path) -> None:

@@ -2,12 +2,10 @@
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from ares_jax.checkpoints.params import load_flat
+from ares_jax.checkpoints.params import with_params
 from ares_jax.models.qwen2_5_vl import Qwen25VL, VisionInputs
 from ares_jax.training.update import Batch, Params
 from kernels import token_log_probs_and_entropy
@@ -20,20 +18,18 @@ def token_statistics(model: Qwen25VL, banned: Bool[Array, "V"], *, temperature: 
 
     The value at t concerns the token at t, drawn from the distribution that the tokens before it give; it is 0 at t = 0,
     and means nothing at padding and at the first token of a segment. `banned` tokens are outside the distribution, as
-    they are in the sampler. `batch` holds the arrays of `data_pipeline.packing.pack`.
+    they are in the sampler. `model` gives the structure (it may be abstract); `batch` holds the arrays of `data_pipeline.packing.pack`.
     """
-    graphdef, template = nnx.split(model)
 
     def statistics(params, batch):
-        model = nnx.merge(graphdef, template)
-        load_flat(model, params)
+        policy = with_params(model, params)
         vision = VisionInputs(
             batch["patches"], batch["patch_positions"], batch["patch_window_ids"], batch["patch_frame_ids"]
         )
-        hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"], vision)
+        hidden = policy(batch["tokens"], batch["positions"], batch["segment_ids"], vision)
         rows, length, width = hidden.shape
         log_probs, entropies = token_log_probs_and_entropy(
-            hidden[:, :-1].reshape(-1, width), model.head, batch["tokens"][:, 1:].reshape(-1),
+            hidden[:, :-1].reshape(-1, width), policy.head, batch["tokens"][:, 1:].reshape(-1),
             temperature=temperature, banned=banned,
         )  # fmt: skip
         at_token = ((0, 0), (1, 0))
@@ -44,7 +40,3 @@ def token_statistics(model: Qwen25VL, banned: Bool[Array, "V"], *, temperature: 
 
     return statistics
 
-
-def to_device(batch: dict, shardings: jax.sharding.Sharding | None = None) -> Batch:
-    """Returns the packed NumPy arrays as device arrays."""
-    return jax.device_put(batch, shardings)

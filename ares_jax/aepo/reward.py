@@ -1,0 +1,75 @@
+"""The entropy part of the hierarchical reward (section 3.2.2): how much exploration a problem deserves.
+
+N is the number of validated windows of a leaf, the target that of its difficulty bucket; delta = N - target.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from ares_jax.aepo.difficulty import EASY, HARD, MEDIUM
+
+# Per bucket: margin factor f, Huber width k, temperature of the saturation, factor c of the cap. From the released code.
+_F, _K, _TEMPERATURE, _CAP = (0.15, 0.25, 0.35), (2.0, 3.0, 4.0), (2.0, 2.5, 3.0), (1.0, 1.0, 1.2)
+_WRONG = (0.6, 0.8, 1.0)  # what a wrong answer earns for exploring, as a share of the cap
+_EPS = 1e-6
+
+
+def released_entropy_reward(
+    num_windows: Float[Array, "N"],
+    target: Float[Array, "N"],
+    difficulty: Int[Array, "N"],
+    correct: Bool[Array, "N"],
+    alpha: Float[Array, "N"] | float,
+) -> Float[Array, "N"]:
+    """Returns the reward of the authors' released code; `alpha` scales it (method.md, the table of section 3)."""
+    d = jnp.asarray(difficulty)
+    factor, width, temperature, cap = (jnp.asarray(t)[d] for t in (_F, _K, _TEMPERATURE, _CAP))
+    cap = cap * alpha
+    delta = jnp.asarray(num_windows) - target
+    margin = jnp.maximum(1.0, factor * jnp.maximum(target, 1.0))
+
+    def penalty(excess, share):
+        return -jnp.minimum(cap, share * _huber(excess - margin, width) / (margin + width) * cap)
+
+    def saturated(x):
+        return jax.nn.sigmoid(x / temperature)
+
+    wrong = jnp.asarray(_WRONG)[d] * cap * saturated(jnp.maximum(delta - margin, 0.0))
+    hard = jnp.where(delta >= -margin, cap * saturated(delta + margin), penalty(-delta, 0.5))
+    right = jnp.where(d == EASY, penalty(delta, 1.0), jnp.where(d == MEDIUM, penalty(jnp.abs(delta), 1.0), hard))
+    return jnp.where(jnp.asarray(correct), right, wrong)
+
+
+def paper_entropy_reward(
+    num_windows: Float[Array, "N"],
+    target: Float[Array, "N"],
+    difficulty: Int[Array, "N"],
+    correct: Bool[Array, "N"],
+    mean: Float[Array, "N"],
+    variance: Float[Array, "N"],
+    scale: float = 1.0,
+) -> Float[Array, "N"]:
+    """Returns -1[wrong] * lambda_d * g_d(delta), the paper's equation with its multiplier repaired.
+
+    lambda_d = max(0, (mean - target) / (variance + eps)) with the mean and variance of N in the bucket's present batch;
+    with a target of the same batch it would be 0 always, so `target` must come from earlier ones. For hard problems too
+    few windows are the violation, so the numerator's sign is reversed.
+    """
+    d = jnp.asarray(difficulty)
+    delta = jnp.asarray(num_windows) - target
+    violation = jnp.where(d == HARD, target - mean, mean - target)
+    multiplier = jnp.maximum(0.0, violation / (variance + _EPS))
+    excess = jnp.where(d == EASY, jnp.maximum(0.0, delta), jnp.where(d == MEDIUM, jnp.abs(delta), jnp.maximum(0.0, -delta)))
+    return jnp.where(jnp.asarray(correct), 0.0, -scale * multiplier * excess)
+
+
+def updated_alpha(alpha: Float[Array, "3"], mean: Float[Array, "3"], target: Float[Array, "3"]) -> Float[Array, "3"]:
+    """Returns the scale per bucket, moved by 0.05 x (mean - target) and kept within 0 and 2; NaN means no leaf: kept."""
+    moved = jnp.clip(alpha + 0.05 * (mean - target), 0.0, 2.0)
+    return jnp.where(jnp.isnan(moved), alpha, moved)
+
+
+def _huber(x, width):
+    x = jnp.maximum(x, 0.0)
+    return jnp.where(x <= width, x**2 / (2 * width), x - width / 2)

@@ -1,0 +1,30 @@
+"""The trigger vocabulary V_sem: words at which reasoning turns or starts (App. H of the paper). Our own list."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool
+
+TRANSITIONS = (
+    "actually", "alternatively", "although", "also", "and", "besides", "but", "conversely", "else", "however", "instead",
+    "later", "meanwhile", "moreover", "nevertheless", "next", "nonetheless", "now", "otherwise", "rather", "similarly",
+    "still", "then", "though", "unless", "until", "whereas", "while", "yet",
+)  # fmt: skip
+INITIATORS = (
+    "again", "assume", "assuming", "because", "check", "compare", "compute", "consider", "consequently", "count", "double",
+    "estimate", "examine", "finally", "first", "given", "guess", "hence", "hmm", "hold", "if", "imagine", "indeed", "let",
+    "likely", "look", "looking", "maybe", "notice", "observe", "oh", "okay", "perhaps", "possibly", "probably", "recall",
+    "recheck", "reconsider", "remember", "second", "see", "seems", "since", "so", "start", "step", "suppose", "sure",
+    "therefore", "think", "third", "thus", "try", "verify", "wait", "what", "when", "whether", "which", "why",
+)  # fmt: skip
+WORDS = frozenset(TRANSITIONS + INITIATORS)
+
+
+def normalized(token: str) -> str:
+    """Returns a token's text without leading-space markers and in lower case."""
+    return token.lstrip("Ġ▁ \t\n").rstrip().lower()
+
+
+def trigger_mask(tokens: Sequence[str], words: frozenset[str] = WORDS) -> Bool[np.ndarray, "V"]:
+    """Says which tokens of a vocabulary are triggers. Digits, single letters and placeholders never are."""
+    return np.array([normalized(token) in words for token in tokens], bool)

@@ -1,0 +1,62 @@
+"""How hard is a problem? The share of sampled responses that a starting model gets right (method.md, section 4)."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ares_jax.cold_start.curation import Candidate
+from ares_jax.evaluation.grading import is_correct
+from ares_jax.metrics import read_jsonl
+from ares_jax.sampling.requests import derive_seed, rollout_request
+from ares_jax.workspace import Workspace
+
+_CHUNK = 128  # problems between two writes: what a killed run loses at most
+
+
+def measure_pass_rates(workspace: Workspace, client, indices: Sequence[int], path: Path) -> list[dict]:
+    """Returns one record for each training problem in `indices`; those that `path` already holds are not asked again.
+
+    A record: {"index", "problem_id", "source", "level", "correct", "samples", "lengths": teacher traces in tokens,
+    "tokens": sampled}.
+    """
+    config, problems, encoder = workspace.config, workspace.problems("train"), workspace.encoder
+    samples = config.cold_start.pass_rate_samples
+    known = {record["index"]: record for record in read_jsonl(path)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in known.values()))
+    todo = [index for index in indices if index not in known]
+    bar = tqdm(total=len(indices), initial=len(indices) - len(todo), desc="cold_start: pass rates", unit="problem")
+    for begin in range(0, len(todo), _CHUNK):
+        chunk = todo[begin : begin + _CHUNK]
+        members = [problems[index] for index in chunk]
+        requests = [
+            rollout_request(
+                encoder(problem), seed=derive_seed(config.seed, "pass rate", problem.problem_id), group_size=samples,
+                max_new_tokens=config.sampler.max_response_tokens,
+            )
+            for problem in members
+        ]  # fmt: skip
+        groups = client.rollouts(requests, on_group=lambda index, group: bar.update())
+        for index, problem, group in zip(chunk, members, groups, strict=True):
+            texts = [workspace.decode(leaf.token_ids.tolist()) for leaf in group.leaves]
+            known[index] = {
+                "index": index, "problem_id": problem.problem_id, "source": problem.source, "level": problem.level,
+                "correct": sum(is_correct(text, problem.answer) for text in texts), "samples": samples,
+                "lengths": [len(encoder.encode_response(response)) for response in problem.responses],
+                "tokens": sum(len(leaf.token_ids) for leaf in group.leaves),
+            }  # fmt: skip
+        with path.open("a") as file:
+            file.writelines(json.dumps(known[index]) + "\n" for index in chunk)
+        mean = sum(r["correct"] / r["samples"] for r in known.values()) / len(known)
+        bar.set_postfix(pass_rate=f"{mean:.2f}")
+    bar.close()
+    return [known[index] for index in indices]
+
+
+def candidates(records: Sequence[dict]) -> list[Candidate]:
+    """Returns the records as curation wants them."""
+    return [
+        Candidate(r["problem_id"], r["source"], r["correct"] / r["samples"], tuple(r["lengths"])) for r in records
+    ]

@@ -1,0 +1,41 @@
+"""`python -m ares_jax.serve`: the sampler service of a run, with its newest weights."""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from ares_jax import cli
+from ares_jax.checkpoints.params import with_params
+from ares_jax.sampling import Engine, EngineOptions
+from ares_jax.service.server import run_server
+from ares_jax.workspace import open_workspace
+
+_READY_FILE = flags.DEFINE_string("ready_file", None, "written with the address once the service answers")
+
+
+def make_engine(config: ConfigDict, folder: Path) -> Engine:
+    """Returns an engine with the weights of the run's newest stage, or the initial ones."""
+    workspace, s = open_workspace(config, folder), config.sampler
+    stages = workspace.trained_stages()
+    params = workspace.params(stages[-1]) if stages else workspace.initial_params()
+    options = EngineOptions(
+        max_slots=s.slots, page_size=s.page_size, num_pages=s.pages, max_prompt_tokens=s.max_prompt_tokens,
+        max_prompt_patches=s.max_prompt_patches, max_context_tokens=s.max_prompt_tokens + s.max_response_tokens,
+        prefill_batch=s.prefill_batch, decode_steps=s.decode_steps, window=config.aepo.window,
+    )  # fmt: skip
+    return Engine(
+        with_params(workspace.model, params), options, eos_token_ids=[workspace.tokenizer.eos_token_id],
+        banned=workspace.banned, trigger_mask=workspace.trigger,
+    )  # fmt: skip
+
+
+def main(config: ConfigDict, workdir: Path) -> None:
+    run_server(
+        lambda: make_engine(config, workdir), host=config.sampler.host, port=config.sampler.port,
+        model_name=workdir.name, ready_file=Path(_READY_FILE.value) if _READY_FILE.value else None,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    cli.run(main)
