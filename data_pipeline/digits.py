@@ -1,6 +1,7 @@
 """The digits task: verifiable arithmetic over real handwriting (scikit-learn's `load_digits`, 1797 scans of 8 x 8).
 
-A digit is scaled to 28 x 28 pixels: exactly one merged vision token. Some scans are faint or partly covered, so that
+A digit stands on a card of 28 x 28 pixels, exactly one merged vision token; dots along the card's lower edge number it.
+Some scans are faint or partly covered, so that
 reading them is really uncertain. The scans are divided into train, validation and test before any problem is made.
 """
 
@@ -11,11 +12,12 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from data_pipeline.prompts import Problem
-from data_pipeline.traces import arithmetic_traces, range_traces, reading_traces, running_values
+from data_pipeline.traces import ORDINALS, arithmetic_traces, range_traces, reading_traces, running_values
 
 LEVELS = ("easy", "medium", "hard")
 SPLITS = {"train": 0.67, "validation": 0.11, "test": 0.22}  # shares of the scans of each digit
 SIDE = 28  # pixels of a digit
+BOARD = 116  # grey of the board; chalk is white. The image processor's mean: an empty patch is near 0
 FAINT = {"easy": 0.05, "medium": 0.08, "hard": 0.08}  # share of scans at a quarter of the contrast, with noise
 COVERED = {"easy": 0.05, "medium": 0.08, "hard": 0.08}  # share of scans with a bar over a third of them
 SYMBOLS = ("+%", "-%", "*%")
@@ -42,21 +44,22 @@ class DigitsSource:
         picked = rng.integers(len(labels), size=count)
         digits = labels[picked].tolist()
         if kind == "read":
-            question, answer, responses = "Read the digits.", "".join(map(str, digits)), reading_traces(digits, rng)
+            question, answer, responses = "Read the digits.", "".join(map(str, digits)), reading_traces(digits)
         elif kind == "range":
             question = "What is the largest digit minus the smallest?"
-            answer, responses = str(max(digits) - min(digits)), range_traces(digits, rng)
+            answer, responses = str(max(digits) - min(digits)), range_traces(digits)
         else:
             operations = [str(rng.choice(SYMBOLS)) for _ in digits[1:]] if kind == "chain" else [kind] * (count - 1)
             question = {
                 "+": "Add the digits.",
                 "max": "What is the largest digit?",
                 "min": "What is the smallest digit?",
-                "chain": "Go from left to right, modulo 10:" + "".join(f" {o[0]}" for o in operations),
+                "chain": "Modulo 10: first" + "".join(f" {n} {o[0]}" for n, o in zip(ORDINALS[1:], operations)),
             }[kind]
             answer = str(running_values(digits, operations)[-1])
             responses = arithmetic_traces(digits, operations, rng)
-        image = _draw([_spoil(scans[i], level, rng) for i in picked], rng)
+        cards = [_card(_spoil(scans[i], level, rng), number) for number, i in enumerate(picked, start=1)]
+        image = _draw(cards, rng)
         name = f"digits-{self._split}-{self._seed}-{index}"
         return Problem(name, "digits", level, question, (image,), answer, responses)
 
@@ -103,7 +106,15 @@ def _spoil(scan: Float[np.ndarray, "8 8"], level: str, rng: np.random.Generator)
         bar = (slice(start, start + SIDE // 3), slice(None))
         ink = ink.copy()
         ink[bar if rng.random() < 0.5 else bar[::-1]] = 0.5
-    return (255 * (1 - np.clip(ink, 0, 1))).astype(np.uint8)
+    return (BOARD + (255 - BOARD) * np.clip(ink, -0.5, 1)).astype(np.uint8)
+
+
+def _card(digit: UInt8[np.ndarray, "28 28"], number: int) -> UInt8[np.ndarray, "28 28"]:
+    card = digit.copy()
+    card[-3:] = BOARD
+    for dot in range(number):
+        card[-2:, 3 * dot + 2 : 3 * dot + 4] = 255
+    return card
 
 
 def _draw(digits: list[UInt8[np.ndarray, "28 28"]], rng: np.random.Generator) -> UInt8[np.ndarray, "H W 3"]:

@@ -2,18 +2,18 @@
 
 Every trace has the form *think, derive, conclude*: `<think> ... </think>` and then `\\boxed{answer}`. The styles:
   terse  the running values alone;
-  step   every operation spelled out;
-  check  step by step, then "wait, let me check" and the running values again; in some the first pass holds a slip, which
-         the check notices and corrects.
-A trigger word ("first", "then", "now", "next", "so", "wait") stands before each reading of a digit: where a scan is
-ambiguous, the entropy window that starts at that word is high.
+  step   every card named and every operation spelled out;
+  check  step by step, then "wait, let me check" and the values again; in one the first pass holds a slip, which the
+         check notices and corrects.
+A trigger word ("first", "second", "so", "wait") stands before each reading of a digit: where a scan is ambiguous, the
+entropy window that starts at that word is high.
 """
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-CONNECTIVES = ("then", "now", "next")
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 
 OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "+": lambda a, b: a + b,
@@ -36,47 +36,42 @@ def running_values(digits: Sequence[int], operations: Sequence[str]) -> list[int
 def arithmetic_traces(digits: Sequence[int], operations: Sequence[str], rng: np.random.Generator) -> tuple[str, ...]:
     """Returns the traces of a problem that folds `operations` over `digits`."""
     values = running_values(digits, operations)
-    word = CONNECTIVES[rng.integers(len(CONNECTIVES))]
-    wrong_from = int(rng.integers(1, len(digits)))
-    wrong = _slip(digits, operations, wrong_from, rng)
-    derivation = _steps(digits, operations, values, word)
-    check = " wait, let me check:" + _spaced(values)
-    fixed = f"{_steps(digits, operations, wrong, word)} wait, let me check:{_spaced(values)} no, so {values[-1]}"
-    return tuple(
-        f"<think>{thought}</think>\\boxed{{{values[-1]}}}"
-        for thought in (" so" + _spaced(values), derivation, derivation + check + " yes", fixed)
+    wrong = _slip(digits, operations, int(rng.integers(1, len(digits))), rng)
+    derivation, check = _steps(digits, operations, values), " wait, let me check:" + _numbered(values)
+    return _boxed(
+        values[-1],
+        " so" + _spaced(values),
+        derivation,
+        derivation + check + " yes",
+        f"{_steps(digits, operations, wrong)}{check} no, so {values[-1]}",
     )
 
 
-def reading_traces(digits: Sequence[int], rng: np.random.Generator) -> tuple[str, ...]:
+def reading_traces(digits: Sequence[int]) -> tuple[str, ...]:
     """Returns the traces of a problem that only reads the digits."""
-    word = CONNECTIVES[rng.integers(len(CONNECTIVES))]
-    derivation = f" first {digits[0]}" + "".join(f" {word} {digit}" for digit in digits[1:])
-    check = " wait, let me check:" + _spaced(digits) + " yes"
-    answer = "".join(map(str, digits))
-    return tuple(
-        f"<think>{thought}</think>\\boxed{{{answer}}}"
-        for thought in (" so" + _spaced(digits), derivation, derivation + check)
-    )
+    reading = _numbered(digits)
+    check = " wait, let me check:" + reading + " yes"
+    return _boxed("".join(map(str, digits)), " so" + _spaced(digits), reading, reading + check)
 
 
-def range_traces(digits: Sequence[int], rng: np.random.Generator) -> tuple[str, ...]:
+def range_traces(digits: Sequence[int]) -> tuple[str, ...]:
     """Returns the traces of largest minus smallest digit."""
-    word = CONNECTIVES[rng.integers(len(CONNECTIVES))]
     high, low = max(digits), min(digits)
-    end = f" max {high} min {low} so {high} - {low} is {high - low}"
-    reading = f" first {digits[0]}" + "".join(f" {word} {digit}" for digit in digits[1:])
-    check = f" wait, let me check:{_spaced(digits)} max {high} min {low} yes"
-    return tuple(
-        f"<think>{thought}</think>\\boxed{{{high - low}}}"
-        for thought in (f" so max {high} min {low}", reading + end, reading + end + check)
+    ends, reading = f" max {high} min {low}", _numbered(digits)
+    derivation = f"{reading}{ends} so {high} - {low} is {high - low}"
+    return _boxed(
+        high - low, f" so{ends}", derivation, f"{derivation} wait, let me check:{reading}{ends} yes"
     )
 
 
-def _steps(digits: Sequence[int], operations: Sequence[str], values: Sequence[int], word: str) -> str:
-    first = f" first {digits[0]}"
-    rest = zip(operations, digits[1:], values[1:], strict=True)
-    return first + "".join(f" {word} {operation.rstrip('%')} {digit} is {value}" for operation, digit, value in rest)
+def _boxed(answer: int | str, *thoughts: str) -> tuple[str, ...]:
+    return tuple(f"<think>{thought}</think>\\boxed{{{answer}}}" for thought in thoughts)
+
+
+def _steps(digits: Sequence[int], operations: Sequence[str], values: Sequence[int]) -> str:
+    rest = zip(ORDINALS[1:], operations, digits[1:], values[1:], strict=False)
+    spelled = (f" {place} {operation.rstrip('%')} {digit} is {value}" for place, operation, digit, value in rest)
+    return f" {ORDINALS[0]} {digits[0]}" + "".join(spelled)
 
 
 def _slip(digits: Sequence[int], operations: Sequence[str], at: int, rng: np.random.Generator) -> list[int]:
@@ -90,3 +85,7 @@ def _slip(digits: Sequence[int], operations: Sequence[str], at: int, rng: np.ran
 
 def _spaced(values: Sequence[int]) -> str:
     return "".join(f" {value}" for value in values)
+
+
+def _numbered(values: Sequence[int]) -> str:
+    return "".join(f" {place} {value}" for place, value in zip(ORDINALS, values, strict=False))

@@ -1,0 +1,72 @@
+"""The jitted AEPO loss step: clipped surrogate and token-wise KL over packed rollouts."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Bool
+from ml_collections import ConfigDict
+
+from ares_jax.aepo.kl import per_token_kl
+from ares_jax.aepo.loss import importance_weights, surrogate_terms
+from ares_jax.models.qwen2_5_vl import Qwen25VL
+from ares_jax.training.log_probs import token_statistics
+from ares_jax.training.update import Batch, Params, TrainState, Update
+
+
+class Learner:
+    """One policy update from packed micro-batches whose `weight`s sum to 1."""
+
+    def __init__(
+        self, model: Qwen25VL, banned: Bool[np.ndarray, "V"], optimizer: optax.GradientTransformation, aepo: ConfigDict,
+        *, temperature: float,
+    ):  # fmt: skip
+        statistics = token_statistics(model, jnp.asarray(banned), temperature=temperature)
+        self._recompute = aepo.old_log_probs == "recomputed"
+        if aepo.old_log_probs not in ("sampler", "recomputed"):
+            raise ValueError(f"aepo.old_log_probs={aepo.old_log_probs!r} is not one of sampler, recomputed")
+        clip = {name: aepo[name] for name in ("clip_low", "clip_high", "clip_dual")}
+        estimator, cap, recompute = aepo.kl.estimator, aepo.importance_cap, self._recompute
+
+        def loss(params: Params, batch: Batch, reference: Params | None):
+            counted = batch["bucket"] > 0
+            log_probs, entropies = statistics(params, batch)
+            sampled = batch["old_log_prob"]
+            old = batch["recomputed"] if recompute else sampled
+            terms, clipped = surrogate_terms(log_probs, old, batch["advantage"], **clip)
+            if recompute:
+                terms = terms * importance_weights(old, sampled, cap)
+            sums = {f"clip_{name}": jnp.sum(flag & counted) for name, flag in clipped.items()}
+            if reference is not None:
+                ref_log_probs, _ = statistics(jax.lax.stop_gradient(reference), batch)
+                kl = jnp.where(counted, per_token_kl(log_probs, ref_log_probs, estimator), 0.0)
+                terms = terms + batch["kl_weight"] * kl
+                here = batch["bucket"] == jnp.arange(1, 4)[:, None, None]
+                outside = here & (batch["in_window"] == 0)
+                sums |= {
+                    "kl": jnp.sum(here * kl, axis=(1, 2)), "kl_tokens": jnp.sum(here, axis=(1, 2)),
+                    "control_kl": jnp.sum(outside * kl, axis=(1, 2)), "control_tokens": jnp.sum(outside, axis=(1, 2)),
+                }  # fmt: skip
+            sums["tokens"] = jnp.sum(counted)
+            sums["entropy"] = jnp.sum(jnp.where(counted, entropies, 0.0))
+            sums["mismatch"] = jnp.sum(jnp.where(counted, jnp.abs(log_probs - sampled), 0.0))
+            # A select, not a product: what stands at tokens that do not count may be infinite.
+            return jnp.sum(jnp.where(counted, batch["weight"] * terms, 0.0)), sums
+
+        self._update = Update(loss, optimizer)
+        self._log_probs = jax.jit(lambda params, batch: statistics(params, batch)[0])
+
+    def recompute(self, params: Params, batches: Sequence[dict[str, np.ndarray]]) -> None:
+        """Adds the learner's own log-probs to the batches, where the config wants them as the ratio's denominator."""
+        if self._recompute:
+            for batch in batches:
+                batch["recomputed"] = np.asarray(self._log_probs(params, batch))
+
+    def update(
+        self, state: TrainState, batches: Sequence[dict[str, np.ndarray]], reference: Params | None
+    ) -> tuple[TrainState, dict[str, np.ndarray]]:
+        """Returns the new state, and `loss`, `grad_norm`, `skipped` and sums over tokens that the trainer averages."""
+        state, metrics = self._update(state, batches, reference)
+        return state, jax.device_get(metrics)

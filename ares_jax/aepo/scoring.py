@@ -1,0 +1,67 @@
+"""From rollout trees to rewards: grade every leaf, find the prompt's difficulty, shape by exploration."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from data_pipeline.prompts import Prompt
+from jaxtyping import Bool, Float, Int
+from ml_collections import ConfigDict
+
+from ares_jax.aepo.difficulty import bucket
+from ares_jax.aepo.reward import paper_entropy_reward, released_entropy_reward
+from ares_jax.aepo.state import AepoState, bucket_means
+from ares_jax.evaluation.grading import is_correct
+from ares_jax.sampling.trajectory import RolloutGroup
+
+
+@dataclass(frozen=True)
+class ScoredGroup:
+    """A tree of G leaves with what they earned."""
+
+    prompt: Prompt
+    group: RolloutGroup
+    difficulty: int  # 0, 1, 2: easy, medium, hard
+    correct: Bool[np.ndarray, "G"]
+    windows: Int[np.ndarray, "G"]  # validated windows of the leaf
+    rewards: Float[np.ndarray, "G"]  # overall: accuracy and shaping
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.correct.mean())
+
+
+def score(
+    prompts: Sequence[Prompt],
+    groups: Sequence[RolloutGroup],
+    decode: Callable[[Sequence[int]], str],
+    state: AepoState,
+    aepo: ConfigDict,
+) -> list[ScoredGroup]:
+    """Returns the groups with their rewards; `aepo` is that section of the config.
+
+    The target number of windows of a bucket comes from earlier iterations; before there are any, from these groups.
+    """
+    correct = [
+        np.array([is_correct(decode(leaf.token_ids.tolist()), prompt.answer) for leaf in group.leaves])
+        for prompt, group in zip(prompts, groups, strict=True)
+    ]
+    windows = [np.array([leaf.window_mask.sum() for leaf in group.leaves]) for group in groups]
+    buckets = [int(bucket(int(c.sum()), len(c), aepo.difficulty_rule)) for c in correct]
+    sizes = [len(c) for c in correct]
+    d, n = np.repeat(buckets, sizes), np.concatenate(windows).astype(float)
+    mean, variance = bucket_means(n, d)
+    target = np.where(np.isnan(state.target), mean, state.target)[d]
+    right = np.concatenate(correct)
+    if aepo.shaping == "released":
+        shaping = np.asarray(released_entropy_reward(n, target, d, right, state.alpha[d]))
+    elif aepo.shaping == "paper":
+        shaping = np.asarray(
+            paper_entropy_reward(n, target, d, right, mean[d], variance[d], scale=aepo.shaping_weight)
+        )
+    elif aepo.shaping == "none":
+        shaping = np.zeros(len(n))
+    else:
+        raise ValueError(f"aepo.shaping={aepo.shaping!r} is not one of released, paper, none")
+    rewards = np.split(right + shaping, np.cumsum(sizes)[:-1])
+    return [ScoredGroup(*parts) for parts in zip(prompts, groups, buckets, correct, windows, rewards, strict=True)]

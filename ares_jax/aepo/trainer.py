@@ -1,0 +1,282 @@
+"""The AEPO loop, read from top to bottom: draw trees, score, filter, update, push the weights, move the controllers."""
+
+import json
+import math
+import time
+
+import jax
+import numpy as np
+from data_pipeline.images import to_data_url
+from data_pipeline.packing import pack
+from data_pipeline.prompts import Prompt
+from data_pipeline.sources import make_iterator
+from tqdm import tqdm
+
+from ares_jax.aepo import state as aepo_state
+from ares_jax.aepo.batch import learner_segments
+from ares_jax.aepo.difficulty import NAMES
+from ares_jax.aepo.filtering import keep_group, pass_rate_histogram
+from ares_jax.aepo.learner import Learner
+from ares_jax.aepo.scoring import ScoredGroup, score
+from ares_jax.aepo.state import AepoState
+from ares_jax.aepo.windows import batch_threshold
+from ares_jax.checkpoints.params import to_flat
+from ares_jax.errors import UserError
+from ares_jax.evaluation.harness import evaluate, overall_accuracy
+from ares_jax.metrics import MetricsWriter, read_jsonl, write_atomic
+from ares_jax.sampling.requests import derive_seed, rollout_request
+from ares_jax.training import initial_state, make_optimizer
+from ares_jax.workspace import Workspace, host, take
+
+
+class Trainer:
+    """Holds what one run of AEPO holds; `run` is the loop."""
+
+    def __init__(self, workspace: Workspace, client):
+        self.workspace, self.client = workspace, client
+        self.config, self.aepo = workspace.config, workspace.config.aepo
+        a = self.aepo
+        optimizer = make_optimizer(
+            self.config.optimizer, learning_rate=a.learning_rate, steps=a.steps * a.minibatches,
+            warmup_steps=a.warmup_steps,
+        )  # fmt: skip
+        self.learner = Learner(
+            workspace.model, workspace.banned, optimizer, a, temperature=self.config.sampler.temperature
+        )
+        self.folder = workspace.folder / "aepo"
+        self.prompts = make_iterator(workspace.problems("train"), workspace.encoder, seed=self.config.seed + 1)
+        self.checkpoints = workspace.checkpoints("aepo")
+        start = workspace.params("cold_start")
+        self.reference = start if a.kl.weight > 0 else None
+        self.validation = [workspace.encoder(p) for p in take(workspace.problems("validation"), 10**9)]
+        self.iteration = self.checkpoints.latest() or 0
+        self.tokens = 0  # response tokens sampled so far
+        if self.iteration:
+            template = jax.eval_shape(lambda p: initial_state(p, optimizer), to_flat(workspace.model))
+            params, rest, extra = self.checkpoints.restore(
+                self.iteration, template.params, template._replace(params={})
+            )
+            self.train_state = rest._replace(params=params)
+            self.state = aepo_state.from_json(extra["aepo"])
+            self.prompts.set_state(extra["prompts"])
+            self.tokens = extra["tokens"]
+        else:
+            # A copy: the update donates its buffers, and the reference keeps these.
+            own = jax.tree.map(lambda x: x.copy(), start)
+            self.train_state = initial_state(own, optimizer)
+            self.state = aepo_state.initial_state(a)
+        self.writer = MetricsWriter(self.folder / "metrics.jsonl", self.iteration if self.iteration else -1)
+        rollouts = self.folder / "rollouts.jsonl"
+        kept = [line for line in read_jsonl(rollouts) if line["step"] <= self.iteration and self.iteration]
+        write_atomic(rollouts, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def run(self) -> int:
+        """Trains to the end and returns the number of response tokens sampled."""
+        a = self.aepo
+        self.client.push_weights(host(self.train_state.params), self.iteration)
+        if self.iteration == 0:
+            self.writer.write(0, self.validate())
+        if math.isnan(self.state.tau_high):
+            self.state = self.state._replace(tau_high=np.array(self.calibrated_threshold()))
+        bar = tqdm(total=a.steps, initial=self.iteration, desc="aepo", unit="step")
+        while self.iteration < a.steps and not self.out_of_tokens():
+            values = self.step()
+            self.iteration += 1
+            last = self.iteration == a.steps or self.out_of_tokens()
+            validated = self.iteration % a.validate_every == 0 or last
+            if validated:
+                values |= self.validate()
+            self.writer.write(self.iteration, values)
+            if self.iteration % a.save_every == 0 or last:
+                self.save(values.get("validation/accuracy"))
+            bar.update()
+            bar.set_postfix(
+                reward=f"{values['reward/mean']:.2f}", accuracy=f"{values['reward/accuracy']:.2f}",
+                tokens=f"{values['length']:.0f}", branches=f"{values['branches']:.0f}",
+            )  # fmt: skip
+        bar.close()
+        self.checkpoints.wait()
+        self.checkpoints.close()
+        return self.tokens
+
+    def out_of_tokens(self) -> bool:
+        return 0 < self.aepo.token_budget <= self.tokens
+
+    def step(self) -> dict[str, float]:
+        """Does one iteration and returns its metrics."""
+        a = self.aepo
+        begin = time.time()
+        drawn, kept = self.draw()
+        sampled = time.time()
+        rng = np.random.default_rng([self.config.seed, self.iteration])
+        order = rng.permutation(len(kept))
+        sums: dict[str, np.ndarray] = {}
+        losses, norms = [], []
+        padding = 0.0
+        for part in np.array_split(order, min(a.minibatches, len(kept))):
+            segments = learner_segments([kept[i] for i in part], self.state, a)
+            batches = pack(segments, **self.config.packing)
+            padding = 1 - sum(float((b["segment_ids"] > 0).mean()) for b in batches) / len(batches)
+            self.learner.recompute(self.train_state.params, batches)
+            self.train_state, metrics = self.learner.update(self.train_state, batches, self.reference)
+            losses.append(metrics.pop("loss"))
+            norms.append(metrics.pop("grad_norm"))
+            metrics.pop("skipped")
+            sums = metrics if not sums else {name: sums[name] + metrics[name] for name in sums}
+        learned = time.time()
+        self.client.push_weights(host(self.train_state.params), self.iteration + 1)
+        if (self.iteration + 1) % a.log_rollouts_every == 0 or self.iteration == 0:
+            self.log_rollouts(kept)
+        values = self.statistics(drawn, kept, sums)
+        self.advance(drawn, len(kept) / len(drawn), sums)
+        return values | {
+            "loss": float(np.mean(losses)), "grad_norm": float(np.mean(norms)), "padding": padding,
+            "skipped": float(self.train_state.skipped), "tokens/total": float(self.tokens),
+            "time/sample": sampled - begin, "time/learn": learned - sampled, "time/push": time.time() - learned,
+        }  # fmt: skip
+
+    def draw(self) -> tuple[list[ScoredGroup], list[ScoredGroup]]:
+        """Draws until `prompts_per_step` groups survive filtering. Returns all groups drawn, and those kept."""
+        a, drawn, kept = self.aepo, [], []
+        for attempt in range(a.filter.attempts):
+            missing = a.prompts_per_step - len(kept)
+            count = min(2 * a.prompts_per_step, math.ceil(missing / max(float(self.state.kept_share), 0.25)))
+            prompts = [next(self.prompts) for _ in range(count)]
+            scored = self.rollouts(prompts, attempt)
+            drawn += scored
+            kept += [s for s in scored if keep_group(s.rewards.mean(), low=a.filter.low, high=a.filter.high)]
+            if len(kept) >= a.prompts_per_step:
+                return drawn, kept[: a.prompts_per_step]
+        raise UserError(
+            f"only {len(kept)} of {len(drawn)} groups had a mean reward within [{a.filter.low}, {a.filter.high}] after "
+            f"{a.filter.attempts} attempts, {a.prompts_per_step} are needed; right leaves a group: "
+            f"{pass_rate_histogram([s.accuracy for s in drawn], a.group_size)}. Choose problems nearer to the model's "
+            "ability, or widen aepo.filter"
+        )
+
+    def rollouts(self, prompts: list[Prompt], attempt: int) -> list[ScoredGroup]:
+        a, s = self.aepo, self.config.sampler
+        requests = [
+            rollout_request(
+                prompt, seed=derive_seed(self.config.seed, "aepo", self.iteration, attempt, number),
+                group_size=a.group_size, root_leaves=a.root_leaves,
+                max_branches_per_sequence=a.max_branches_per_sequence, tau_high=float(self.state.tau_high),
+                temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, max_new_tokens=s.max_response_tokens,
+            )
+            for number, prompt in enumerate(prompts)
+        ]  # fmt: skip
+        groups = self.client.rollouts(requests)
+        self.tokens += sum(len(leaf.token_ids) - leaf.branch_position for g in groups for leaf in g.leaves)
+        return score(prompts, groups, self.workspace.decode, self.state, a)
+
+    def calibrated_threshold(self) -> float:
+        """Returns tau from single samples of validation prompts, so that the first iteration already knows one."""
+        a, s = self.aepo, self.config.sampler
+        requests = [
+            rollout_request(
+                prompt, seed=derive_seed(self.config.seed, "threshold", prompt.problem_id), group_size=1,
+                temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, max_new_tokens=s.max_response_tokens,
+            )
+            for prompt in self.validation
+        ]  # fmt: skip
+        return self.batch_tau([leaf for group in self.client.rollouts(requests) for leaf in group.leaves])
+
+    def batch_tau(self, leaves) -> float:
+        a = self.aepo
+        return batch_threshold(
+            [leaf.entropies for leaf in leaves], definition=a.tau_definition, quantile=a.tau_quantile, window=a.window
+        )
+
+    def advance(self, drawn: list[ScoredGroup], kept_share: float, sums: dict[str, np.ndarray]) -> None:
+        """Moves thresholds, targets and controllers on by one iteration."""
+        windows = np.concatenate([s.windows for s in drawn]).astype(float)
+        buckets = np.concatenate([np.full(len(s.windows), s.difficulty) for s in drawn])
+        roots = [leaf for s in drawn for leaf in s.group.leaves if leaf.parent < 0]
+        with np.errstate(invalid="ignore"):
+            control = sums["control_kl"] / sums["control_tokens"] if "control_kl" in sums else np.full(3, math.nan)
+        self.state = aepo_state.updated_state(
+            self.state, self.aepo, batch_tau=self.batch_tau(roots),
+            window_means=aepo_state.bucket_means(windows, buckets)[0], control_kl=control, kept_share=kept_share,
+        )  # fmt: skip
+
+    def statistics(self, drawn, kept, sums) -> dict[str, float]:
+        """Returns what a user of reinforcement learning wants to see of one iteration."""
+        leaves = [(s, i, leaf) for s in drawn for i, leaf in enumerate(s.group.leaves)]
+        lengths = np.array([len(leaf.token_ids) for _, _, leaf in leaves], float)
+        windows = np.array([s.windows[i] for s, i, _ in leaves], float)
+        correct = np.array([s.correct[i] for s, i, _ in leaves], float)
+        rewards = np.array([s.rewards[i] for s, i, _ in leaves], float)
+        buckets = np.array([s.difficulty for s, _, _ in leaves])
+        complete = [leaf.window_means[: max(1, len(leaf.window_means) - self.aepo.window + 1)] for _, _, leaf in leaves]
+        tokens = max(float(sums["tokens"]), 1.0)
+        values = {
+            "reward/mean": rewards.mean(), "reward/accuracy": correct.mean(),
+            "reward/shaping": (rewards - correct).mean(), "length": lengths.mean(),
+            "entropy/mean": float(sums["entropy"]) / tokens, "entropy/window": np.concatenate(complete).mean(),
+            "tau_high": float(self.state.tau_high), "branches": sum(leaf.parent >= 0 for _, _, leaf in leaves),
+            "leaves": len(leaves), "groups/drawn": len(drawn), "groups/kept": len(kept),
+            "tokens/shared": sum(s.group.shared_tokens for s in drawn),
+            "tokens/computed": sum(s.group.computed_tokens for s in drawn),
+            "tokens/response": lengths.sum(), "mismatch": float(sums["mismatch"]) / tokens,
+            "clip_fraction": sum(float(sums[f"clip_{name}"]) for name in ("low", "high", "dual")) / tokens,
+        }  # fmt: skip
+        for d, name in enumerate(NAMES):
+            inside = buckets == d
+            values[f"groups/{name}"] = sum(s.difficulty == d for s in drawn)
+            values[f"kl_weight/{name}"] = float(self.state.kappa[d])
+            if inside.any():
+                values[f"accuracy/{name}"] = correct[inside].mean()
+                values[f"length/{name}"] = lengths[inside].mean()
+                values[f"windows/{name}"] = windows[inside].mean()
+            if "kl" in sums and sums["kl_tokens"][d]:
+                values[f"kl/{name}"] = float(sums["kl"][d] / sums["kl_tokens"][d])
+        return {name: float(value) for name, value in values.items()}
+
+    def validate(self) -> dict[str, float]:
+        """Returns accuracy and length per level on the validation split."""
+        e = self.config.evaluation
+        result = evaluate(
+            self.client, self.validation, self.workspace.decode, name="aepo", split="validation", seed=self.config.seed,
+            max_new_tokens=self.config.sampler.max_response_tokens, temperature=e.temperature, top_p=e.top_p,
+            samples_shown=0,
+        )  # fmt: skip
+        values = {"validation/accuracy": overall_accuracy(result)}
+        for name, level in result["levels"].items():
+            values[f"validation/accuracy/{name}"] = level["accuracy"]
+            values[f"validation/length/{name}"] = level["mean_tokens"]
+        return values
+
+    def save(self, score: float | None) -> None:
+        extra = {
+            "aepo": aepo_state.to_json(self.state), "prompts": self.prompts.get_state(), "tokens": self.tokens,
+        }  # fmt: skip
+        self.checkpoints.save(
+            self.iteration, self.train_state.params, self.train_state._replace(params={}), extra, score=score
+        )
+
+    def log_rollouts(self, kept: list[ScoredGroup]) -> None:
+        """Appends the trees with the most branches to rollouts.jsonl: what the report draws."""
+        shown = sorted(kept, key=lambda s: (-s.group.branches, s.prompt.problem_id))[:4]
+        with (self.folder / "rollouts.jsonl").open("a") as file:
+            for s in shown:
+                file.write(json.dumps(self.record(s)) + "\n")
+
+    def record(self, s: ScoredGroup) -> dict:
+        tokenizer = self.workspace.tokenizer
+        leaves = [
+            {
+                "tokens": [tokenizer.decode([i]) for i in leaf.token_ids.tolist()],
+                "entropies": np.round(leaf.entropies, 4).tolist(),
+                "window_means": np.round(leaf.window_means, 4).tolist(),
+                "window_mask": leaf.window_mask.tolist(), "parent": leaf.parent,
+                "branch_position": leaf.branch_position, "reward": float(reward), "correct": bool(correct),
+            }
+            for leaf, reward, correct in zip(s.group.leaves, s.rewards, s.correct, strict=True)
+        ]  # fmt: skip
+        return {
+            "step": self.iteration + 1, "problem_id": s.prompt.problem_id, "level": s.prompt.level,
+            "question": s.prompt.question, "answer": s.prompt.answer,
+            "image": to_data_url(s.prompt.images[0]) if s.prompt.images else None,
+            "tau_high": float(self.state.tau_high), "leaves": leaves,
+        }  # fmt: skip
+

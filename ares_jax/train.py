@@ -1,0 +1,22 @@
+"""`python -m ares_jax.train`: AEPO, from the cold start's weights, with rollouts from the sampler service."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from ares_jax import cli
+from ares_jax.aepo.trainer import Trainer
+from ares_jax.metrics import stage
+from ares_jax.workspace import open_workspace
+
+
+def main(config: ConfigDict, workdir: Path) -> None:
+    workspace = open_workspace(config, workdir)
+    workspace.params("cold_start")  # says at once if there is none
+    with stage(workdir, "AEPO") as record, workspace.sampler() as client:
+        record["tokens"] = Trainer(workspace, client).run()
+    print(f"AEPO: weights in {workdir / 'checkpoints' / 'aepo'}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
