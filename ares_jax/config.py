@@ -62,8 +62,10 @@ def default_config() -> ConfigDict:
     o.b1, o.b2, o.eps = 0.9, 0.999, 1e-8
     o.weight_decay = 0.01
     o.clip_norm = 1.0  # gradients above this global norm are scaled down
+    o.freeze_vision = False  # train the text decoder alone
 
     k = c.cold_start = ConfigDict()  # AdaCS: method.md, section 4
+    k.alignment_steps = 0  # of the vision tower on captioned digits, before the warm-up; 0: it is pretrained
     k.warmup_steps = 0  # short SFT that makes the starting model; 0: `model.pretrained` is the starting model
     k.warmup_learning_rate = 2e-3
     k.pass_rate_problems = 20_000  # problems whose pass rate is measured

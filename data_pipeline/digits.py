@@ -64,6 +64,16 @@ class DigitsSource:
         return Problem(name, "digits", level, question, (image,), answer, responses)
 
 
+def captioned_cards(split: str, seed: int, index: int) -> tuple[UInt8[np.ndarray, "H W 3"], list[tuple[str, str]]]:
+    """Returns an image of cards and, for each card, its caption: the number on it and its digit, as words."""
+    rng = np.random.default_rng([seed, list(SPLITS).index(split), index, 1])
+    scans, labels = scans_of(split)
+    picked = rng.integers(len(labels), size=int(rng.integers(2, 9)))
+    cards = [_card(_spoil(scans[i], "easy", rng), number) for number, i in enumerate(picked, start=1)]
+    captions = [(ORDINALS[place], str(labels[i])) for place, i in enumerate(picked)]
+    return _draw(cards, rng), captions
+
+
 def corpus() -> list[str]:
     """Returns questions and traces with all the task's words: the text the tokenizer is trained on."""
     source = DigitsSource("train", 1500, seed=0)

@@ -41,7 +41,8 @@ class Trainer:
             warmup_steps=a.warmup_steps,
         )  # fmt: skip
         self.learner = Learner(
-            workspace.model, workspace.banned, optimizer, a, temperature=self.config.sampler.temperature
+            workspace.model, workspace.banned, optimizer, a, temperature=self.config.sampler.temperature,
+            freeze_vision=self.config.optimizer.freeze_vision,
         )
         self.folder = workspace.folder / "aepo"
         self.prompts = make_iterator(workspace.problems("train"), workspace.encoder, seed=self.config.seed + 1)

@@ -8,6 +8,7 @@ from data_pipeline.sources import make_iterator
 from ml_collections import ConfigDict
 
 from ares_jax import cli
+from ares_jax.cold_start.alignment import align_vision
 from ares_jax.cold_start.curation import curate, summary
 from ares_jax.cold_start.pass_rates import candidates, measure_pass_rates
 from ares_jax.cold_start.sft import fine_tune, response_segment
@@ -46,8 +47,8 @@ def _warm_up(workspace: Workspace) -> int:
 
     batches = make_iterator(workspace.problems("train"), example, seed=seed, batch_size=c.batch_size)
     return fine_tune(
-        workspace, "base", workspace.initial_params, batches, steps=c.warmup_steps,
-        learning_rate=c.warmup_learning_rate,
+        workspace, "base", lambda: align_vision(workspace, workspace.initial_params(), c.alignment_steps), batches,
+        steps=c.warmup_steps, learning_rate=c.warmup_learning_rate,
     )  # fmt: skip
 
 

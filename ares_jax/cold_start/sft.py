@@ -55,7 +55,9 @@ def fine_tune(
         config.optimizer, learning_rate=learning_rate, steps=steps,
         warmup_steps=int(config.cold_start.warmup_fraction * steps), final_fraction=0.1,
     )  # fmt: skip
-    statistics = token_statistics(workspace.model, jnp.asarray(workspace.banned))
+    statistics = token_statistics(
+        workspace.model, jnp.asarray(workspace.banned), freeze_vision=config.optimizer.freeze_vision
+    )
 
     def loss(params, batch, extra):
         log_probs, _ = statistics(params, batch)

@@ -1,6 +1,5 @@
 """AdamW with gradient clipping and a learning-rate schedule."""
 
-import jax
 import optax
 from ml_collections import ConfigDict
 
@@ -22,8 +21,9 @@ def make_optimizer(
     warmup = optax.linear_schedule(0.0, learning_rate, max(warmup_steps, 1))
     schedule = optax.join_schedules([warmup, after], [warmup_steps]) if warmup_steps else after
 
-    def decayed(params):  # biases and norm gains are not decayed; a stacked layer adds one axis to each
-        return {name: leaf.ndim >= (3 if "layers" in name.split(".") else 2) for name, leaf in params.items()}
+    def decayed(params):  # matrices only, neither biases nor norm gains; a stacked layer adds one axis to each
+        matrix = {name: leaf.ndim >= (3 if ".layers." in name else 2) for name, leaf in params.items()}
+        return {name: flag and not (optimizer.freeze_vision and name.startswith("visual.")) for name, flag in matrix.items()}
 
     return optax.chain(
         optax.clip_by_global_norm(optimizer.clip_norm),
@@ -33,7 +33,3 @@ def make_optimizer(
         ),
     )  # fmt: skip
 
-
-def count_parameters(params) -> int:
-    """Returns the number of scalars in a pytree of arrays."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -54,7 +54,7 @@ class Update:
 
         self._first = jax.jit(first)
         self._more = jax.jit(more, donate_argnums=0)
-        self._apply = jax.jit(apply, donate_argnums=(0, 1))
+        self._apply = jax.jit(apply, donate_argnums=0)
 
     def __call__(
         self, state: TrainState, micro_batches: Iterable[Batch], extra: Any = None

@@ -1,0 +1,142 @@
+"""The page: everything in one file, nothing fetched from anywhere."""
+
+import base64
+import io
+import json
+from html import escape
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from ares_jax.metrics import write_atomic
+from ares_jax.reporting import charts
+from ares_jax.reporting.load import LEVELS, STAGES, Run, load_run
+from ares_jax.reporting.table import branching_sentence, headline_rows, problems_note
+from ares_jax.reporting.tree import most_branched_leaf, most_instructive, tree_html
+
+_CSS = """
+body{font:16px/1.5 system-ui,sans-serif;color:#1c2a33;background:#fff;margin:0 auto;max-width:1080px;padding:1rem}
+h1{font-size:1.6rem}h2{font-size:1.2rem;margin-top:2.2rem;border-bottom:1px solid #dde3e7}
+table{border-collapse:collapse}th,td{padding:.3rem .7rem;text-align:left;border-bottom:1px solid #e6eaed}
+.scroll{overflow-x:auto}img.plot{max-width:100%;height:auto}.note{color:#5a6972;font-size:.9rem}
+.tree{overflow-x:auto;border:1px solid #e0e5e8;border-radius:6px;padding:.6rem}.leaf{white-space:pre;margin-bottom:.35rem}
+.leaf code{font:13px/1.6 ui-monospace,monospace}.leaf .name{display:block;font-size:.75rem;color:#5a6972}
+.leaf .right{color:#1d7a5f}.leaf .wrong{color:#a8322b}.w{text-decoration:underline 2px #264653}
+.shared{color:#c9d1d6}.fork{color:#c1443c;font-weight:bold}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:.8rem}
+.card{border:1px solid #e0e5e8;border-radius:6px;padding:.6rem;overflow-wrap:anywhere}.card p{margin:.2rem 0}
+.card img,.prompt{image-rendering:pixelated;height:56px;max-width:100%;object-fit:contain;object-position:left}
+.card code{font-size:.8rem}pre{overflow-x:auto;background:#f5f7f8;padding:.6rem;font-size:.8rem}
+"""
+_MISSING = '<p class="note">Not yet measured.</p>'
+
+
+def build_report(folder: Path) -> Path:
+    """Writes `report.html` and `plots/*.png` into the run's folder and returns the page's path.
+
+    What the run has not measured yet is said so; nothing is needed but the folder.
+    """
+    run = load_run(folder)
+    plots = folder / "plots"
+    plots.mkdir(exist_ok=True)
+
+    def plot(name: str, figure: Figure | None) -> str:
+        if figure is None:
+            return _MISSING
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=110)
+        plt.close(figure)
+        (plots / f"{name}.png").write_bytes(buffer.getvalue())
+        data = base64.b64encode(buffer.getvalue()).decode()
+        return f'<img class="plot" alt="{escape(name)}" src="data:image/png;base64,{data}">'
+
+    record = most_instructive(run)
+    sections = [
+        ("Result", _headline(run)),
+        ("Accuracy and length over training", plot("training", charts.training_curves(run))),
+        ("Branching", f"<p>{branching_sentence(run)}</p>" + (_tree(record) if record else "")),
+        (
+            "Entropy along a response",
+            plot("entropy", charts.entropy_along(record, most_branched_leaf(record)) if record else None),
+        ),
+        ("Rollouts by difficulty", plot("rollouts", charts.rollout_curves(run))),
+        ("Reward, entropy, branches", plot("reward", charts.reward_curves(run))),
+        ("KL per difficulty", plot("kl", charts.kl_curves(run))),
+        ("Cold start: length follows difficulty", _curation(run) + plot("curation", charts.curation_plot(run))),
+        ("Samples", _samples(run)),
+        ("Time and tokens", _stages(run)),
+        ("Configuration", f"<details><summary>show</summary><pre>{_pretty(run.config)}</pre></details>"),
+    ]
+    body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections)
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>ARES: {escape(folder.name)}</title><style>{_CSS}</style></head>"
+        f"<body><h1>ARES: {escape(folder.name)}</h1>{body}</body></html>"
+    )
+    path = folder / "report.html"
+    write_atomic(path, page)
+    return path
+
+
+def _headline(run: Run) -> str:
+    rows = headline_rows(run)
+    if not rows:
+        return _MISSING
+    return _table(["", *LEVELS], [[label, *cells] for label, cells in rows]) + f'<p class="note">{problems_note(run)}</p>'
+
+
+def _tree(record: dict) -> str:
+    image = f'<img class="prompt" alt="the problem\'s image" src="{escape(record["image"])}">' if record["image"] else ""
+    return (
+        f"<p>Step {record['step']}, {escape(record['level'])}: {escape(record['question'])} "
+        f"(answer {escape(record['answer'])})</p>{image}"
+        '<p class="note">Colour: token entropy. Underlined: a validated high-entropy window starts here. Grey: tokens a '
+        f"branch shares with its parent.</p>{tree_html(record)}"
+    )
+
+
+def _curation(run: Run) -> str:
+    if not run.curation:
+        return ""
+    before, after = run.curation["correlation_before"], run.curation["correlation_after"]
+    return f"<p>Correlation of trace length with difficulty: {before:.2f} before curation, {after:.2f} after.</p>"
+
+
+def _samples(run: Run) -> str:
+    if not run.evaluations:
+        return _MISSING
+    by_stage = {name: {s["problem_id"]: s for s in e["samples"]} for name, e in run.evaluations.items()}
+    latest = by_stage[next(reversed(by_stage))]
+    shown = [s for level in LEVELS for s in [s for s in latest.values() if s["level"] == level][:4]]
+    cards = []
+    for sample in shown:
+        image = f'<img alt="digits" src="{escape(sample["image"])}">' if sample["image"] else ""
+        answers = "".join(
+            f"<p>{'&#10003;' if s['correct'] else '&#10007;'} <b>{STAGES[name]}</b>, {s['tokens']} tokens: "
+            f"<code>{escape(s['response'])}</code></p>"
+            for name, samples in by_stage.items()
+            if (s := samples.get(sample["problem_id"]))
+        )
+        head = f"<p>{escape(sample['level'])}: {escape(sample['question'])} <b>{escape(sample['answer'])}</b></p>"
+        cards.append(f'<div class="card">{image}{head}{answers}</div>')
+    return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def _stages(run: Run) -> str:
+    rows = [
+        [escape(s["name"]), f"{s['seconds']:.0f} s", f"{s['tokens']:,}", f"{s['tokens'] / max(s['seconds'], 1e-9):,.0f}"]
+        for s in run.stages
+    ]
+    return _table(["stage", "time", "tokens", "tokens/s"], rows) if rows else _MISSING
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    cells = "".join(f"<th>{name}</th>" for name in head)
+    lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><tr>{cells}</tr>{lines}</table></div>'
+
+
+def _pretty(config: dict) -> str:
+    return escape(json.dumps(config, indent=1))

@@ -1,0 +1,51 @@
+"""The table at the end: accuracy and length per difficulty for every stage."""
+
+from pathlib import Path
+
+from ares_jax.reporting.load import LEVELS, STAGES, Run, branching_totals, load_run
+
+
+def headline_rows(run: Run) -> list[tuple[str, list[str]]]:
+    """Returns (stage, cells): per level accuracy with its 95 % interval, and mean response tokens."""
+    rows = []
+    for name, label in STAGES.items():
+        if name in run.evaluations:
+            levels = run.evaluations[name]["levels"]
+            rows.append((label, [_cell(levels[level]) if level in levels else "-" for level in LEVELS]))
+    return rows
+
+
+def branching_sentence(run: Run) -> str:
+    """Returns how many leaves were branches and how many tokens were shared instead of computed again."""
+    t = branching_totals(run.metrics)
+    if not t["leaves"]:
+        return "No rollouts yet."
+    total = t["shared"] + t["computed"]
+    return (
+        f"{t['branches']:,.0f} of {t['leaves']:,.0f} leaves are branches ({t['branches'] / t['leaves']:.0%}), each at the "
+        f"start of a validated high-entropy window; {t['shared']:,.0f} of {total:,.0f} tokens ({t['shared'] / total:.0%}), "
+        "prompts included, were shared instead of computed again."
+    )
+
+
+def problems_note(run: Run) -> str:
+    """Returns what the table was measured on."""
+    for evaluation in run.evaluations.values():
+        counts = ", ".join(f"{level['problems']} {name}" for name, level in evaluation["levels"].items())
+        return f"{evaluation['split']} split, {counts} problems, temperature {evaluation['temperature']}; 95 % intervals."
+    return "Not yet measured."
+
+
+def console_table(folder: Path) -> str:
+    """Returns the table of a run as text, with branching and the time of every stage below it."""
+    run = load_run(folder)
+    lines = [f"{'':12}" + "".join(f"{level:>32}" for level in LEVELS)]
+    lines += [f"{label:12}" + "".join(f"{cell:>32}" for cell in cells) for label, cells in headline_rows(run)]
+    lines += [problems_note(run), branching_sentence(run)]
+    lines += [f"{s['name']:24}{s['seconds']:8.0f} s{s['tokens']:12,d} tokens" for s in run.stages]
+    return "\n".join(lines)
+
+
+def _cell(level: dict) -> str:
+    low, high = level["interval"]
+    return f"{level['accuracy']:.1%} [{low:.1%}, {high:.1%}] {level['mean_tokens']:.1f} tok"
