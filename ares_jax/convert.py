@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from absl import flags
-from data_pipeline.tokenizer import save_processors
 from ml_collections import ConfigDict
 
 from ares_jax import cli
@@ -11,6 +10,7 @@ from ares_jax.checkpoints import save_hf
 from ares_jax.errors import UserError
 from ares_jax.metrics import stage
 from ares_jax.workspace import STAGES, open_workspace
+from data_pipeline.tokenizer import save_processors
 
 _STAGE = flags.DEFINE_enum("stage", None, list(STAGES), "whose weights; by default the last trained stage's")
 _OUTPUT = flags.DEFINE_string("output", None, "folder to write; by default `export` in the workdir")

@@ -10,8 +10,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from data_pipeline import digits, sources, tokenizer
-from data_pipeline.prompts import PromptEncoder
 from jaxtyping import Bool
 from ml_collections import ConfigDict
 
@@ -26,6 +24,8 @@ from ares_jax.models.qwen2_5_vl.model import abstract_model, new_model
 from ares_jax.service.client import RolloutClient
 from ares_jax.service.process import start_sampler
 from ares_jax.training.update import Params
+from data_pipeline import digits, sources, tokenizer
+from data_pipeline.prompts import PromptEncoder
 
 STAGES = ("base", "cold_start", "aepo")  # in the order in which they come
 

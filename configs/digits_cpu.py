@@ -17,11 +17,22 @@ def get_config():
         c.optimizer.freeze_vision = True
         c.packing.update(rows=24, row_tokens=192, row_patches=80)
         c.cold_start.update(
-            alignment_steps=150, warmup_steps=240, warmup_learning_rate=2e-3, pass_rate_problems=768, selected=512, epochs=8, batch_size=64,
+            alignment_steps=150,
+            warmup_steps=240,
+            warmup_learning_rate=2e-3,
+            pass_rate_problems=768,
+            selected=512,
+            epochs=8,
+            batch_size=64,
             learning_rate=1e-3,
         )
         c.aepo.update(
-            steps=40, prompts_per_step=32, learning_rate=2e-4, minibatches=1, save_every=10, validate_every=10,
+            steps=40,
+            prompts_per_step=32,
+            learning_rate=2e-4,
+            minibatches=1,
+            save_every=10,
+            validate_every=10,
             log_rollouts_every=5,
         )
     return c

@@ -54,8 +54,7 @@ class DigitsSource:
                 "+": "Add the digits.",
                 "max": "What is the largest digit?",
                 "min": "What is the smallest digit?",
-                "chain": "Modulo 10: first" + "".join(f" {n} {o[0]}" for n, o in zip(ORDINALS[1:], operations)),
-            }[kind]
+            }.get(kind, "Modulo 10: " + _spelled(operations))
             answer = str(running_values(digits, operations)[-1])
             responses = arithmetic_traces(digits, operations, rng)
         cards = [_card(_spoil(scans[i], level, rng), number) for number, i in enumerate(picked, start=1)]
@@ -96,6 +95,11 @@ def scans_of(split: str) -> tuple[Float[np.ndarray, "S 8 8"], Int[np.ndarray, "S
         chosen.append(mine[edges[at] : edges[at + 1]])
     indices = np.sort(np.concatenate(chosen))
     return data.images[indices] / 16.0, data.target[indices].astype(np.int64)
+
+
+def _spelled(operations: list[str]) -> str:
+    named = zip(ORDINALS[1:], operations, strict=False)
+    return ORDINALS[0] + "".join(f" {place} {operation[0]}" for place, operation in named)
 
 
 def _kind(level: str, rng: np.random.Generator) -> tuple[str, int]:

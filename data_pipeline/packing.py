@@ -46,9 +46,7 @@ def pack(
     ]
 
 
-def plan_rows(
-    tokens: Sequence[int], patches: Sequence[int], *, row_tokens: int, row_patches: int
-) -> list[list[int]]:
+def plan_rows(tokens: Sequence[int], patches: Sequence[int], *, row_tokens: int, row_patches: int) -> list[list[int]]:
     """Returns the segments' indices row by row; deterministic. Raises `ValueError` as `pack` does."""
     order = sorted(range(len(tokens)), key=lambda i: (-max(tokens[i] / row_tokens, patches[i] / row_patches), i))
     plan: list[list[int]] = []

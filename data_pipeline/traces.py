@@ -59,9 +59,7 @@ def range_traces(digits: Sequence[int]) -> tuple[str, ...]:
     high, low = max(digits), min(digits)
     ends, reading = f" max {high} min {low}", _numbered(digits)
     derivation = f"{reading}{ends} so {high} - {low} is {high - low}"
-    return _boxed(
-        high - low, f" so{ends}", derivation, f"{derivation} wait, let me check:{reading}{ends} yes"
-    )
+    return _boxed(high - low, f" so{ends}", derivation, f"{derivation} wait, let me check:{reading}{ends} yes")
 
 
 def _boxed(answer: int | str, *thoughts: str) -> tuple[str, ...]:

@@ -1,11 +1,11 @@
 """The kernels of adaptive exploration: exact token entropy where tokens are drawn and where they are learned from.
 
-Each has a Pallas version and a plain-XLA twin behind one `implementation=` switch; none knows anything of `ares_jax`.
+The sampler has a Pallas version and a plain-XLA twin behind one `implementation=` switch. Nothing here knows `ares_jax`.
 """
 
 from kernels.log_probs import token_log_probs_and_entropy
 from kernels.sampling import sample_with_entropy
-from kernels.window import WindowRing, window_means, window_push, window_ring
+from kernels.window import WindowRing, window_means, window_push, window_ring_init
 
 __all__ = [
     "WindowRing",
@@ -13,5 +13,5 @@ __all__ = [
     "token_log_probs_and_entropy",
     "window_means",
     "window_push",
-    "window_ring",
+    "window_ring_init",
 ]

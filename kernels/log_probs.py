@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-CHUNK = 1024
+from kernels.logits import precision, token_logits
 
 
 def token_log_probs_and_entropy(
@@ -21,6 +21,7 @@ def token_log_probs_and_entropy(
     temperature: float,
     banned: Bool[Array, "V"] | None = None,
     implementation: str | None = None,
+    chunk: int = 1024,
 ) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
     """Returns (log_prob [N], entropy [N]) in nats, float32, differentiable in `hidden` and `lm_head`.
 
@@ -31,35 +32,32 @@ def token_log_probs_and_entropy(
       temperature: divides the logits.
       banned: tokens outside the distribution, as in `sample_with_entropy`.
       implementation: "tpu", "gpu", "xla" or None: all are compiled by XLA, whose matmuls do the work.
+      chunk: tokens whose logits exist at one time; N need not be a multiple of it.
     """
     if implementation not in ("tpu", "gpu", "xla", None):
         raise ValueError(f"implementation={implementation!r} is not one of tpu, gpu, xla, None")
     if temperature <= 0:
         raise ValueError(f"temperature={temperature}: a log-probability needs one above 0")
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk}: at least 1 token goes through at a time")
     count = hidden.shape[0]
-    allowed = jnp.ones(lm_head.shape[0], bool) if banned is None else ~banned
-    chunk = min(CHUNK, max(count, 1))
+    chunk = min(chunk, max(count, 1))
     padding = -count % chunk
     log_probs, entropy = _chunked(
-        jnp.pad(hidden, ((0, padding), (0, 0))), lm_head, jnp.pad(targets, (0, padding)), allowed, temperature, chunk
+        jnp.pad(hidden, ((0, padding), (0, 0))), lm_head, jnp.pad(targets, (0, padding)), banned, temperature, chunk
     )
     return log_probs[:count], entropy[:count]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _chunked(hidden, lm_head, targets, allowed, temperature, chunk):
-    return _forward(hidden, lm_head, targets, allowed, temperature, chunk)[0]
+def _chunked(hidden, lm_head, targets, banned, temperature, chunk):
+    return _forward(hidden, lm_head, targets, banned, temperature, chunk)[0]
 
 
-def _logits(hidden, lm_head, allowed, temperature):
-    logits = jnp.einsum("ND,VD->NV", hidden, lm_head, preferred_element_type=jnp.float32) / temperature
-    return jnp.where(allowed, logits, -jnp.inf)
-
-
-def _forward(hidden, lm_head, targets, allowed, temperature, chunk):
+def _forward(hidden, lm_head, targets, banned, temperature, chunk):
     def step(_, piece):
         h, target = piece
-        logits = _logits(h, lm_head, allowed, temperature)
+        logits = token_logits(h, lm_head, temperature, banned)
         top = jnp.max(logits, axis=1, keepdims=True)
         shifted = logits - top
         weights = jnp.exp(shifted)
@@ -72,24 +70,26 @@ def _forward(hidden, lm_head, targets, allowed, temperature, chunk):
     pieces = hidden.reshape(-1, chunk, hidden.shape[1]), targets.reshape(-1, chunk)
     _, (log_prob, entropy, log_normalizer) = jax.lax.scan(step, None, pieces)
     log_prob, entropy, log_normalizer = (x.reshape(-1) for x in (log_prob, entropy, log_normalizer))
-    return (log_prob, entropy), (hidden, lm_head, targets, allowed, log_normalizer, entropy)
+    return (log_prob, entropy), (hidden, lm_head, targets, banned, log_normalizer, entropy)
 
 
 def _backward(temperature, chunk, residuals, cotangents):
-    hidden, lm_head, targets, allowed, log_normalizer, entropy = residuals
+    hidden, lm_head, targets, banned, log_normalizer, entropy = residuals
     g_log_prob, g_entropy = cotangents
     ids = jnp.arange(lm_head.shape[0])
 
     def step(d_head, piece):
         h, target, normalizer, entropy, g_lp, g_h = piece
-        log_p = _logits(h, lm_head, allowed, temperature) - normalizer[:, None]
+        log_p = token_logits(h, lm_head, temperature, banned) - normalizer[:, None]
         p = jnp.exp(log_p)
-        g_lp = jnp.where(allowed[target], g_lp, 0.0)
+        if banned is not None:
+            g_lp = jnp.where(banned[target], 0.0, g_lp)
         surprise = jnp.where(p > 0, log_p, 0.0) + entropy[:, None]
         d_logits = g_lp[:, None] * ((ids == target[:, None]) - p) - g_h[:, None] * p * surprise
         d_logits = (d_logits / temperature).astype(hidden.dtype)
-        d_h = jnp.einsum("NV,VD->ND", d_logits, lm_head, preferred_element_type=jnp.float32)
-        d_head = d_head + jnp.einsum("NV,ND->VD", d_logits, h, preferred_element_type=jnp.float32)
+        einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=precision(hidden, lm_head))
+        d_h = einsum("NV,VD->ND", d_logits, lm_head)
+        d_head = d_head + einsum("NV,ND->VD", d_logits, h)
         return d_head, d_h.astype(hidden.dtype)
 
     pieces = jax.tree.map(

@@ -14,12 +14,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from kernels.logits import precision
 from kernels.noise import gumbel, threefry
 from kernels.sampling_xla import CANDIDATES, Candidates
 
 TILE = 512  # vocabulary entries a step
 LANES = 128  # statistics are kept in the first lanes of a full register row
-_NEGATIVE = -3.0e38  # stands for -inf where -inf - -inf would be NaN
+LOWEST = -3.0e38  # stands for -inf where -inf - -inf would be NaN
 
 
 def candidates(
@@ -29,6 +30,7 @@ def candidates(
     temperature: Float[Array, "B"],
     noise: Float[Array, "B"],
     banned: Bool[Array, "V"] | None,
+    floor: Float[Array, "B"],
     attempt: Int[Array, ""],
     *,
     truncated: bool,
@@ -59,10 +61,7 @@ def candidates(
             resident((padded_rows, width)),
             pl.BlockSpec((TILE, width), lambda phase, tile: (tile, 0)),
             pl.BlockSpec((1, TILE), lambda phase, tile: (0, tile)),
-            resident((padded_rows, LANES)),
-            resident((padded_rows, LANES)),
-            resident((padded_rows, LANES)),
-            resident((padded_rows, LANES)),
+            *[resident((padded_rows, LANES))] * 5,
         ],
         out_specs=[resident((padded_rows, LANES))] * 4,
         out_shape=[
@@ -72,9 +71,7 @@ def candidates(
             jax.ShapeDtypeStruct((padded_rows, LANES), jnp.float32),  # m, l, s in lanes 0 to 2
         ],
         scratch_shapes=[pltpu.VMEM((padded_rows, LANES), jnp.float32)],  # perturbed logits in lanes 0 to 3
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=100 * 2**20
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=100 * 2**20),
         cost_estimate=pl.CostEstimate(
             flops=2 * phases * padded_rows * vocabulary * width,
             bytes_accessed=phases * vocabulary * width * lm_head.dtype.itemsize,
@@ -84,13 +81,14 @@ def candidates(
         name="sample_with_entropy",
     )(
         attempt.astype(jnp.int32).reshape(1),
-        pad(hidden),
+        pad(hidden.astype(jnp.result_type(hidden, lm_head))),
         lm_head,
         allowed,
         column(words[:, 0]),
         column(words[:, 1]),
         column(temperature).at[rows:].set(1.0),
         column(noise),
+        column(floor),
     )
     integers, logit, mass, statistics = (x[:rows] for x in outputs)
     top, total, moment = (statistics[:, i] for i in range(3))
@@ -106,7 +104,7 @@ def candidates(
 
 
 def _kernel(
-    attempt_ref, hidden_ref, head_ref, allowed_ref, key0_ref, key1_ref, temperature_ref, noise_ref,
+    attempt_ref, hidden_ref, head_ref, allowed_ref, key0_ref, key1_ref, temperature_ref, noise_ref, floor_ref,
     integer_ref, logit_ref, mass_ref, statistics_ref, perturbed_ref, *, tiles,
 ):  # fmt: skip
     phase, tile = pl.program_id(0), pl.program_id(1)
@@ -116,18 +114,18 @@ def _kernel(
     @pl.when((phase == 0) & (tile == 0))
     def _():
         integer_ref[...] = jnp.zeros((rows, LANES), jnp.int32)
-        logit_ref[...] = jnp.full((rows, LANES), _NEGATIVE, jnp.float32)
+        logit_ref[...] = jnp.full((rows, LANES), LOWEST, jnp.float32)
         mass_ref[...] = jnp.zeros((rows, LANES), jnp.float32)
-        statistics_ref[...] = jnp.where(lane == 0, _NEGATIVE, 0.0)
-        perturbed_ref[...] = jnp.full((rows, LANES), _NEGATIVE, jnp.float32)
+        statistics_ref[...] = jnp.where(lane == 0, LOWEST, 0.0)
+        perturbed_ref[...] = jnp.full((rows, LANES), LOWEST, jnp.float32)
 
+    head = head_ref[...].astype(hidden_ref.dtype)
     product = jax.lax.dot_general(
-        hidden_ref[...], head_ref[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32,
-        precision=jax.lax.Precision.HIGHEST if head_ref.dtype == jnp.float32 else None,
-    )  # fmt: skip
+        hidden_ref[...], head, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32, precision=precision(head)
+    )
     # Rows of the last tile beyond the vocabulary hold anything at all: they are masked by a select, never by a product.
     allowed = allowed_ref[...] > 0.5
-    logits = jnp.where(allowed, product / temperature_ref[:, :1], _NEGATIVE)
+    logits = jnp.where(allowed, product / temperature_ref[:, :1], LOWEST)
 
     @pl.when(phase == 0)
     def _():
@@ -145,7 +143,7 @@ def _kernel(
         ids = tile * TILE + jax.lax.broadcasted_iota(jnp.int32, (rows, TILE), 1)
         counter = jnp.full((rows, TILE), attempt_ref[0], jnp.int32).astype(jnp.uint32)
         bits = threefry(key0_ref[:, :1], key1_ref[:, :1], ids.astype(jnp.uint32), counter)
-        tile_values = jnp.where(allowed, logits + noise_ref[:, :1] * gumbel(bits), _NEGATIVE)
+        tile_values = jnp.where(logits > floor_ref[:, :1], logits + noise_ref[:, :1] * gumbel(bits), LOWEST)
         kept_values, kept_ids, kept_logits = perturbed_ref[...], integer_ref[...], logit_ref[...]
         values, tokens, chosen = kept_values, kept_ids, kept_logits
         for place in range(CANDIDATES):  # merge two lists: take the larger of both maxima, four times
@@ -161,8 +159,8 @@ def _kernel(
             values = jnp.where(here, jnp.where(from_old, old, fresh), values)
             tokens = jnp.where(here, jnp.where(from_old, old_id, at_fresh), tokens)
             chosen = jnp.where(here, jnp.where(from_old, old_logit, fresh_logit), chosen)
-            kept_values = jnp.where(from_old & (lane == at_old), _NEGATIVE, kept_values)
-            tile_values = jnp.where(~from_old & (ids == at_fresh), _NEGATIVE, tile_values)
+            kept_values = jnp.where(from_old & (lane == at_old), LOWEST, kept_values)
+            tile_values = jnp.where(~from_old & (ids == at_fresh), LOWEST, tile_values)
         perturbed_ref[...] = values
         integer_ref[...] = tokens
         logit_ref[...] = chosen

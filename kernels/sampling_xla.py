@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from kernels.logits import token_logits
 from kernels.noise import gumbel, threefry
 
 CANDIDATES = 4
@@ -15,7 +16,7 @@ class Candidates(NamedTuple):
     """The tokens of a row with the largest perturbed logits, best first, and the row's statistics."""
 
     token: Int[Array, "B 4"]
-    logit: Float[Array, "B 4"]  # at the row's temperature
+    logit: Float[Array, "B 4"]  # at the row's temperature; at most `floor` where fewer than 4 tokens are above it
     mass_above: Float[Array, "B 4"]  # probability of all tokens that are strictly more likely
     count_above: Int[Array, "B 4"]  # their number
     log_normalizer: Float[Array, "B"]
@@ -29,14 +30,17 @@ def candidates(
     temperature: Float[Array, "B"],
     noise: Float[Array, "B"],
     banned: Bool[Array, "V"] | None,
+    floor: Float[Array, "B"],
     attempt: Int[Array, ""],
     *,
     truncated: bool,
 ) -> Candidates:
-    """Returns the candidates of every row; `noise` is 1 to sample and 0 to take the most likely."""
-    logits = jnp.einsum("BD,VD->BV", hidden, lm_head, preferred_element_type=jnp.float32) / temperature[:, None]
-    if banned is not None:
-        logits = jnp.where(banned, -jnp.inf, logits)
+    """Returns the candidates of every row among the tokens whose logit exceeds the row's `floor`.
+
+    `noise` is 1 to sample and 0 to take the most likely. Normaliser, entropy, mass and count are of all tokens.
+    Without `truncated` all candidates are the first one, and nothing is above them.
+    """
+    logits = token_logits(hidden, lm_head, temperature[:, None], banned)
     top = jnp.max(logits, axis=1, keepdims=True)
     shifted = logits - top
     weights = jnp.exp(shifted)
@@ -44,9 +48,9 @@ def candidates(
     moment = jnp.sum(jnp.where(weights > 0, weights * shifted, 0.0), axis=1)  # a banned token has -inf * 0
     ids = jnp.arange(logits.shape[1], dtype=jnp.uint32)[None]
     bits = threefry(words[:, :1], words[:, 1:], ids, jnp.broadcast_to(attempt.astype(jnp.uint32), ids.shape))
-    perturbed = logits + noise[:, None] * gumbel(bits)
+    perturbed = jnp.where(logits > floor[:, None], logits + noise[:, None] * gumbel(bits), -jnp.inf)
     if truncated:
-        _, token = jax.lax.top_k(perturbed, CANDIDATES)
+        _, token = jax.lax.top_k(perturbed, min(CANDIDATES, logits.shape[1]))
     else:
         token = jnp.broadcast_to(jnp.argmax(perturbed, axis=1)[:, None], (len(logits), CANDIDATES))
     logit = jnp.take_along_axis(logits, token, axis=1)

@@ -2,7 +2,7 @@
 
 Forward-looking (the paper's appendix D): the mean at t is over t .. t + w - 1. In sampling a window is complete only
 w - 1 tokens after its start, so a ring of the last w entropies gives, at step s, the mean of the window that began at
-s - w + 1. Both forms add the w entropies in the same order, so that they agree bit for bit.
+s - w + 1. Both forms add the w entropies in the same order, so that they agree bit for bit, compiled or not.
 """
 
 from typing import NamedTuple
@@ -23,23 +23,23 @@ def window_means(
     if window > length:
         return jnp.zeros_like(entropy), jnp.zeros(entropy.shape, bool)
     starts = length - window + 1
-    entropy = jnp.where(mask, entropy, 0.0)
+    entropy = jnp.where(mask, entropy, 0.0)  # a NaN outside the mask must not reach a mean
     total, complete = entropy[:, :starts], mask[:, :starts]
     for offset in range(1, window):
         total = total + entropy[:, offset : offset + starts]
         complete = complete & mask[:, offset : offset + starts]
     after = ((0, 0), (0, window - 1))
-    return jnp.pad(jnp.where(complete, total / window, 0.0), after), jnp.pad(complete, after)
+    return jnp.pad(jnp.where(complete, _mean(total, window), 0.0), after), jnp.pad(complete, after)
 
 
 class WindowRing(NamedTuple):
     """The last entropies of every sequence, oldest first, and how many it has seen."""
 
     entropies: Float[Array, "B W"]
-    count: Int[Array, "B"]
+    seen: Int[Array, "B"]
 
 
-def window_ring(batch: int, window: int) -> WindowRing:
+def window_ring_init(batch: int, window: int) -> WindowRing:
     """Returns an empty ring for each of `batch` sequences."""
     _check(window)
     return WindowRing(jnp.zeros((batch, window), jnp.float32), jnp.zeros(batch, jnp.int32))
@@ -48,20 +48,26 @@ def window_ring(batch: int, window: int) -> WindowRing:
 def window_push(
     ring: WindowRing, entropy: Float[Array, "B"], active: Bool[Array, "B"]
 ) -> tuple[WindowRing, Float[Array, "B"], Bool[Array, "B"]]:
-    """Appends one entropy to every active sequence.
+    """Appends one entropy to every active sequence; the others stay as they are.
 
-    Returns the ring, the mean of the window that ends here (0 if there is none) and whether it is complete.
+    Returns the ring, the mean of the window that ends here (0 if there is none) and whether it is complete: with s the
+    number of tokens pushed before, what `window_means` gives at s - w + 1 of the pushed tokens.
     """
     window = ring.entropies.shape[1]
     entropies = jnp.where(
         active[:, None], jnp.concatenate([ring.entropies[:, 1:], entropy[:, None]], axis=1), ring.entropies
     )
-    count = ring.count + active
+    seen = ring.seen + active
     total = entropies[:, 0]
     for offset in range(1, window):
         total = total + entropies[:, offset]
-    complete = active & (count >= window)
-    return WindowRing(entropies, count), jnp.where(complete, total / window, 0.0), complete
+    complete = active & (seen >= window)
+    return WindowRing(entropies, seen), jnp.where(complete, _mean(total, window), 0.0), complete
+
+
+def _mean(total, window: int):
+    # Not a division: by a constant, the compiler makes it this product; by an argument, when not compiled, it does not.
+    return total * jnp.float32(1 / window)
 
 
 def _check(window: int) -> None:

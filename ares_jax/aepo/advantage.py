@@ -7,9 +7,7 @@ from jaxtyping import Array, Float, Int
 _EPS = 1e-6
 
 
-def group_normalized(
-    rewards: Float[Array, "N"], group_ids: Int[Array, "N"], *, baseline: str = "grpo"
-) -> Float[Array, "N"]:
+def group_normalized(rewards: Float[Array, "N"], group_ids: Int[Array, "N"], *, baseline: str = "grpo") -> Float[Array, "N"]:
     """Returns the advantage of every leaf. A group of one leaf has none: 0.
 
     Args:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-from data_pipeline.packing import Segment
 from jaxtyping import Bool, Float
 from ml_collections import ConfigDict
 
@@ -14,6 +13,7 @@ from ares_jax.aepo.loss import reduction_weights
 from ares_jax.aepo.scoring import ScoredGroup
 from ares_jax.aepo.state import AepoState
 from ares_jax.aepo.tree import token_advantages
+from data_pipeline.packing import Segment
 
 
 def inside_windows(starts: Bool[np.ndarray, "N"], window: int) -> Bool[np.ndarray, "N"]:

@@ -7,9 +7,7 @@ _CLAMP = 10.0  # of the estimate, nats
 _RATIO_CLAMP = 20.0
 
 
-def per_token_kl(
-    log_probs: Float[Array, "..."], ref_log_probs: Float[Array, "..."], estimator: str
-) -> Float[Array, "..."]:
+def per_token_kl(log_probs: Float[Array, "..."], ref_log_probs: Float[Array, "..."], estimator: str) -> Float[Array, "..."]:
     """Returns an estimate of KL(policy || reference) at tokens drawn from the policy, in nats, clamped to +-10.
 
     With d = log pi_ref - log pi: "k1" is -d, "abs" |d|, "mse" d^2 / 2, "k3" exp(d) - d - 1 (Schulman, "Approximating KL

@@ -23,9 +23,7 @@ class Learner:
         self, model: Qwen25VL, banned: Bool[np.ndarray, "V"], optimizer: optax.GradientTransformation, aepo: ConfigDict,
         *, temperature: float, freeze_vision: bool,
     ):  # fmt: skip
-        statistics = token_statistics(
-            model, jnp.asarray(banned), freeze_vision=freeze_vision, temperature=temperature
-        )
+        statistics = token_statistics(model, jnp.asarray(banned), freeze_vision=freeze_vision, temperature=temperature)
         self._recompute = aepo.old_log_probs == "recomputed"
         if aepo.old_log_probs not in ("sampler", "recomputed"):
             raise ValueError(f"aepo.old_log_probs={aepo.old_log_probs!r} is not one of sampler, recomputed")

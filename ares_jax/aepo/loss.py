@@ -65,9 +65,7 @@ def reduction_weights(mask: Bool[Array, "B T"], reduction: str) -> Float[Array, 
     raise ValueError(f"reduction={reduction!r} is not one of token, seq")
 
 
-def importance_weights(
-    recomputed: Float[Array, "..."], sampled: Float[Array, "..."], cap: float
-) -> Float[Array, "..."]:
+def importance_weights(recomputed: Float[Array, "..."], sampled: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
     """Returns min(pi_learner / pi_sampler, cap): corrects for the numerical mismatch of the two (arXiv 2510.18927)."""
     log_ratio = jnp.clip(recomputed - sampled, -_LOG_RATIO_CLAMP, _LOG_RATIO_CLAMP)
     return jax.lax.stop_gradient(jnp.minimum(jnp.exp(log_ratio), cap))

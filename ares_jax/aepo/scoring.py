@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from data_pipeline.prompts import Prompt
 from jaxtyping import Bool, Float, Int
 from ml_collections import ConfigDict
 
@@ -13,6 +12,7 @@ from ares_jax.aepo.reward import paper_entropy_reward, released_entropy_reward
 from ares_jax.aepo.state import AepoState, bucket_means
 from ares_jax.evaluation.grading import is_correct
 from ares_jax.sampling.trajectory import RolloutGroup
+from data_pipeline.prompts import Prompt
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,7 @@ def score(
     if aepo.shaping == "released":
         shaping = np.asarray(released_entropy_reward(n, target, d, right, state.alpha[d]))
     elif aepo.shaping == "paper":
-        shaping = np.asarray(
-            paper_entropy_reward(n, target, d, right, mean[d], variance[d], scale=aepo.shaping_weight)
-        )
+        shaping = np.asarray(paper_entropy_reward(n, target, d, right, mean[d], variance[d], scale=aepo.shaping_weight))
     elif aepo.shaping == "none":
         shaping = np.zeros(len(n))
     else:

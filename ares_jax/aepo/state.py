@@ -67,7 +67,8 @@ def updated_state(
             state.kappa, control_kl, np.array(aepo.kl.target), rate=aepo.kl.rate, minimum=aepo.kl.minimum,
             maximum=aepo.kl.maximum,
         )  # fmt: skip
-    target = [smoothed(float(old), float(new), aepo.target_decay) for old, new in zip(state.target, window_means)]
+    pairs = zip(state.target, window_means, strict=True)
+    target = [smoothed(float(old), float(new), aepo.target_decay) for old, new in pairs]
     return AepoState(
         np.array(smoothed(float(state.tau_high), batch_tau, aepo.tau_decay)),
         np.array(target),

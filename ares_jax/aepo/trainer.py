@@ -6,10 +6,6 @@ import time
 
 import jax
 import numpy as np
-from data_pipeline.images import to_data_url
-from data_pipeline.packing import pack
-from data_pipeline.prompts import Prompt
-from data_pipeline.sources import make_iterator
 from tqdm import tqdm
 
 from ares_jax.aepo import state as aepo_state
@@ -18,7 +14,6 @@ from ares_jax.aepo.difficulty import NAMES
 from ares_jax.aepo.filtering import keep_group, pass_rate_histogram
 from ares_jax.aepo.learner import Learner
 from ares_jax.aepo.scoring import ScoredGroup, score
-from ares_jax.aepo.state import AepoState
 from ares_jax.aepo.windows import batch_threshold
 from ares_jax.checkpoints.params import to_flat
 from ares_jax.errors import UserError
@@ -27,6 +22,10 @@ from ares_jax.metrics import MetricsWriter, read_jsonl, write_atomic
 from ares_jax.sampling.requests import derive_seed, rollout_request
 from ares_jax.training import initial_state, make_optimizer
 from ares_jax.workspace import Workspace, host, take
+from data_pipeline.images import to_data_url
+from data_pipeline.packing import pack
+from data_pipeline.prompts import Prompt
+from data_pipeline.sources import make_iterator
 
 
 class Trainer:
@@ -41,7 +40,11 @@ class Trainer:
             warmup_steps=a.warmup_steps,
         )  # fmt: skip
         self.learner = Learner(
-            workspace.model, workspace.banned, optimizer, a, temperature=self.config.sampler.temperature,
+            workspace.model,
+            workspace.banned,
+            optimizer,
+            a,
+            temperature=self.config.sampler.temperature,
             freeze_vision=self.config.optimizer.freeze_vision,
         )
         self.folder = workspace.folder / "aepo"
@@ -54,9 +57,7 @@ class Trainer:
         self.tokens = 0  # response tokens sampled so far
         if self.iteration:
             template = jax.eval_shape(lambda p: initial_state(p, optimizer), to_flat(workspace.model))
-            params, rest, extra = self.checkpoints.restore(
-                self.iteration, template.params, template._replace(params={})
-            )
+            params, rest, extra = self.checkpoints.restore(self.iteration, template.params, template._replace(params={}))
             self.train_state = rest._replace(params=params)
             self.state = aepo_state.from_json(extra["aepo"])
             self.prompts.set_state(extra["prompts"])
@@ -172,7 +173,7 @@ class Trainer:
 
     def calibrated_threshold(self) -> float:
         """Returns tau from single samples of validation prompts, so that the first iteration already knows one."""
-        a, s = self.aepo, self.config.sampler
+        s = self.config.sampler
         requests = [
             rollout_request(
                 prompt, seed=derive_seed(self.config.seed, "threshold", prompt.problem_id), group_size=1,
@@ -280,4 +281,3 @@ class Trainer:
             "image": to_data_url(s.prompt.images[0]) if s.prompt.images else None,
             "tau_high": float(self.state.tau_high), "leaves": leaves,
         }  # fmt: skip
-

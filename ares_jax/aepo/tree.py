@@ -42,5 +42,5 @@ def token_advantages(
     for leaf, (parent, start) in enumerate(zip(parents, branch_positions, strict=True)):
         if parent >= 0:
             means[leaf][:start] = means[parent][:start]
-    owned = [np.arange(n) >= s if p >= 0 else np.ones(n, bool) for n, p, s in zip(lengths, parents, branch_positions)]
+    owned = [np.arange(length) >= start for length, start in zip(lengths, branch_positions, strict=True)]  # 0 for roots
     return means, owned

@@ -11,10 +11,12 @@ TRANSITIONS = (
     "still", "then", "though", "unless", "until", "whereas", "while", "yet",
 )  # fmt: skip
 INITIATORS = (
-    "again", "assume", "assuming", "because", "check", "compare", "compute", "consider", "consequently", "count", "double", "eighth",
-    "estimate", "examine", "fifth", "finally", "first", "fourth", "given", "guess", "hence", "hmm", "hold", "if", "imagine", "indeed", "let",
+    "again", "assume", "assuming", "because", "check", "compare", "compute", "consider", "consequently", "count", "double",
+    "eighth",    "estimate", "examine", "fifth", "finally", "first", "fourth", "given", "guess", "hence", "hmm", "hold",
+    "if", "imagine", "indeed", "let",
     "likely", "look", "looking", "maybe", "notice", "observe", "oh", "okay", "perhaps", "possibly", "probably", "recall",
-    "recheck", "reconsider", "remember", "second", "see", "seems", "seventh", "since", "sixth", "so", "start", "step", "suppose", "sure",
+    "recheck", "reconsider", "remember", "second", "see", "seems", "seventh", "since", "sixth", "so",
+    "start", "step", "suppose", "sure",
     "therefore", "think", "third", "thus", "try", "verify", "wait", "what", "when", "whether", "which", "why",
 )  # fmt: skip
 WORDS = frozenset(TRANSITIONS + INITIATORS)

@@ -7,9 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 
-def batch_threshold(
-    entropies: Sequence[Float[np.ndarray, "N"]], *, definition: str, quantile: float, window: int
-) -> float:
+def batch_threshold(entropies: Sequence[Float[np.ndarray, "N"]], *, definition: str, quantile: float, window: int) -> float:
     """Returns tau of one batch, in nats; NaN if no trajectory has a token (or a complete window).
 
     Args:

@@ -3,8 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-from data_pipeline.prompts import Problem
-from data_pipeline.sources import make_iterator
 from ml_collections import ConfigDict
 
 from ares_jax import cli
@@ -15,6 +13,8 @@ from ares_jax.cold_start.sft import fine_tune, response_segment
 from ares_jax.metrics import stage, write_json
 from ares_jax.sampling.requests import derive_seed
 from ares_jax.workspace import Workspace, host, open_workspace
+from data_pipeline.prompts import Problem
+from data_pipeline.sources import make_iterator
 
 
 def main(config: ConfigDict, workdir: Path) -> None:

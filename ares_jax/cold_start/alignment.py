@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from data_pipeline.digits import captioned_cards
-from data_pipeline.packing import Segment, pack
 from tqdm import tqdm
 
 from ares_jax.checkpoints.params import with_params
 from ares_jax.models.qwen2_5_vl import VisionInputs
 from ares_jax.training.update import Params
 from ares_jax.workspace import Workspace
+from data_pipeline.digits import captioned_cards
+from data_pipeline.packing import Segment, pack
 
 _IMAGES, _BATCH, _LEARNING_RATE = 600, 64, 2e-3
 

@@ -38,16 +38,12 @@ def length_anchors(candidates: Sequence[Candidate]) -> dict[str, tuple[float, fl
     for source in sorted({c.source for c in candidates}):
         mine = [c for c in candidates if c.source == source]
         ends = min(c.pass_rate for c in mine), max(c.pass_rate for c in mine)
-        low, high = (
-            float(np.median([length for c in mine if c.pass_rate == end for length in c.lengths])) for end in ends
-        )
+        low, high = (float(np.median([length for c in mine if c.pass_rate == end for length in c.lengths])) for end in ends)
         anchors[source] = (low, high)
     return anchors
 
 
-def target_length(
-    pass_rate: Float[np.ndarray, "N"] | float, anchors: tuple[float, float]
-) -> Float[np.ndarray, "N"] | float:
+def target_length(pass_rate: Float[np.ndarray, "N"] | float, anchors: tuple[float, float]) -> Float[np.ndarray, "N"] | float:
     """Returns L_target(p) = (1 - p) L(0) + p L(1), in tokens."""
     at_0, at_1 = anchors
     return (1 - pass_rate) * at_0 + pass_rate * at_1

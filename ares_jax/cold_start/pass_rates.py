@@ -57,6 +57,4 @@ def measure_pass_rates(workspace: Workspace, client, indices: Sequence[int], pat
 
 def candidates(records: Sequence[dict]) -> list[Candidate]:
     """Returns the records as curation wants them."""
-    return [
-        Candidate(r["problem_id"], r["source"], r["correct"] / r["samples"], tuple(r["lengths"])) for r in records
-    ]
+    return [Candidate(r["problem_id"], r["source"], r["correct"] / r["samples"], tuple(r["lengths"])) for r in records]

@@ -7,8 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from data_pipeline.packing import Segment, pack
-from data_pipeline.prompts import Prompt
 from jaxtyping import Int
 from tqdm import tqdm
 
@@ -18,6 +16,8 @@ from ares_jax.training import Update, initial_state, make_optimizer
 from ares_jax.training.log_probs import token_statistics
 from ares_jax.training.update import Params
 from ares_jax.workspace import Workspace
+from data_pipeline.packing import Segment, pack
+from data_pipeline.prompts import Prompt
 
 
 def response_segment(prompt: Prompt, response: Int[np.ndarray, "N"]) -> Segment:
@@ -102,4 +102,3 @@ def normalized(segments: Sequence[Segment]) -> tuple[list[Segment], int]:
         Segment(s.token_ids, s.positions, s.patches, s.grid_thw, {"weight": s.extras["weight"] / count}) for s in segments
     ]
     return scaled, count
-

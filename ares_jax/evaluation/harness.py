@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Sequence
 
-from data_pipeline.images import to_data_url
-from data_pipeline.prompts import Prompt
-
 from ares_jax.evaluation.grading import is_correct
 from ares_jax.evaluation.intervals import wilson_interval
 from ares_jax.sampling.requests import derive_seed, rollout_request
+from data_pipeline.images import to_data_url
+from data_pipeline.prompts import Prompt
 
 LEVELS = ("easy", "medium", "hard")
 

@@ -47,7 +47,7 @@ def _leaf(record: dict, index: int, top: float) -> str:
         parts.append(f'<span{mark} style="background:rgba(224,120,62,{strength:.2f})" title="{title}">{token}</span>')
     kind = f"branch of {leaf['parent']}" if leaf["parent"] >= 0 else "root"
     verdict = "right" if leaf["correct"] else "wrong"
-    prefix = f'<span class=shared>{escape(shared)}</span><span class=fork>&#8627;</span>' if start else ""
+    prefix = f"<span class=shared>{escape(shared)}</span><span class=fork>&#8627;</span>" if start else ""
     return (
         f'<div class="leaf"><span class="name {verdict}">{index} {kind}, {verdict}, reward {leaf["reward"]:.2f}</span>'
         f"<code>{prefix}{''.join(parts)}</code></div>"

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 import numpy as np
-from data_pipeline.vision_layout import vision_layout
 from jaxtyping import Bool
 
 from ares_jax.checkpoints.params import check_flat, to_flat
@@ -22,6 +21,7 @@ from ares_jax.sampling.branching import select_branches
 from ares_jax.sampling.pages import OutOfPages, PagePool
 from ares_jax.sampling.programs import Programs, Rows
 from ares_jax.sampling.trajectory import RolloutGroup, RolloutRequest, Trajectory
+from data_pipeline.vision_layout import vision_layout
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,9 @@ class Engine:
     ):
         o, text = options, model.config.text
         if o.max_prompt_tokens % o.page_size:
-            raise UserError(f"sampler.max_prompt_tokens={o.max_prompt_tokens}: make it a multiple of page_size {o.page_size}")
+            raise UserError(
+                f"sampler.max_prompt_tokens={o.max_prompt_tokens}: make it a multiple of page_size {o.page_size}"
+            )
         self.options = o
         self.policy_version = policy_version
         self._model = model

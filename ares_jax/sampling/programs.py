@@ -102,9 +102,7 @@ def _decode(
             hidden, head, keys, temperature=r.temperature, top_k=r.top_k, top_p=r.top_p, banned=banned
         )
         ring, mean, complete = window_push(WindowRing(r.ring, r.index), entropy, r.alive)
-        tokens = jnp.where(
-            r.alive[:, None], jnp.concatenate([r.ring_tokens[:, 1:], token[:, None]], axis=1), r.ring_tokens
-        )
+        tokens = jnp.where(r.alive[:, None], jnp.concatenate([r.ring_tokens[:, 1:], token[:, None]], axis=1), r.ring_tokens)
         hit = complete & (mean >= r.tau_high) & trigger[tokens[:, 0]]
         drawn = Drawn(token, log_prob, entropy, mean, hit, r.alive)
         out = jax.tree.map(lambda buffer, value: buffer.at[k].set(value), out, drawn)
@@ -122,8 +120,6 @@ def _decode(
     def buffer(dtype):
         return jnp.zeros((steps, count), dtype)
 
-    out = Drawn(
-        buffer(jnp.int32), buffer(jnp.float32), buffer(jnp.float32), buffer(jnp.float32), buffer(bool), buffer(bool)
-    )
+    out = Drawn(buffer(jnp.int32), buffer(jnp.float32), buffer(jnp.float32), buffer(jnp.float32), buffer(bool), buffer(bool))
     _, kv_pages, rows, out = jax.lax.while_loop(going, step, (jnp.int32(0), kv_pages, rows, out))
     return kv_pages, rows, out

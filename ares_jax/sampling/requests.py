@@ -3,9 +3,8 @@
 import hashlib
 import math
 
-from data_pipeline.prompts import Prompt
-
 from ares_jax.sampling.trajectory import RolloutRequest
+from data_pipeline.prompts import Prompt
 
 
 def derive_seed(*parts: int | str) -> int:

@@ -73,9 +73,7 @@ def encode_request(request: RolloutRequest) -> dict[str, Any]:
     """Returns the JSON form of a request."""
     plain = {name: value for name, value in vars(request).items() if name not in _REQUEST_ARRAYS}
     plain["tau_high"] = request.tau_high if math.isfinite(request.tau_high) else None
-    arrays = {
-        name: encode_array(np.asarray(getattr(request, name), dtype)) for name, dtype in _REQUEST_ARRAYS.items()
-    }
+    arrays = {name: encode_array(np.asarray(getattr(request, name), dtype)) for name, dtype in _REQUEST_ARRAYS.items()}
     return {**plain, **arrays}
 
 
@@ -103,9 +101,7 @@ def decode_request(model: GroupModel) -> RolloutRequest:
 
 def encode_group(group: RolloutGroup) -> dict[str, Any]:
     """Returns the JSON form of a finished group."""
-    leaves = [
-        {**vars(leaf), **{name: encode_array(getattr(leaf, name)) for name in _LEAF_ARRAYS}} for leaf in group.leaves
-    ]
+    leaves = [{**vars(leaf), **{name: encode_array(getattr(leaf, name)) for name in _LEAF_ARRAYS}} for leaf in group.leaves]
     return {**vars(group), "leaves": leaves}
 
 

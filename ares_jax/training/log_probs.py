@@ -14,12 +14,15 @@ from kernels import token_log_probs_and_entropy
 TokenStatistics = Callable[[Params, Batch], tuple[Float[Array, "B T"], Float[Array, "B T"]]]
 
 
-def token_statistics(model: Qwen25VL, banned: Bool[Array, "V"], *, freeze_vision: bool, temperature: float = 1.0) -> TokenStatistics:
+def token_statistics(
+    model: Qwen25VL, banned: Bool[Array, "V"], *, freeze_vision: bool, temperature: float = 1.0
+) -> TokenStatistics:
     """Returns `f(params, batch) -> (log_probs [B, T], entropies [B, T])`, in nats, pure and differentiable in `params`.
 
     The value at t concerns the token at t, drawn from the distribution that the tokens before it give; it is 0 at t = 0,
     and means nothing at padding and at the first token of a segment. `banned` tokens are outside the distribution, as
-    they are in the sampler. With `freeze_vision` no gradient reaches the vision tower. `model` gives the structure (it may be abstract); `batch` holds the arrays of `data_pipeline.packing.pack`.
+    they are in the sampler. With `freeze_vision` no gradient reaches the vision tower. `model` gives the
+    structure (it may be abstract); `batch` holds the arrays of `data_pipeline.packing.pack`.
     """
 
     def statistics(params, batch):
@@ -42,4 +45,3 @@ def token_statistics(model: Qwen25VL, banned: Bool[Array, "V"], *, freeze_vision
         )
 
     return statistics
-

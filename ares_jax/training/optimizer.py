@@ -32,4 +32,3 @@ def make_optimizer(
             weight_decay=optimizer.weight_decay, mask=decayed,
         ),
     )  # fmt: skip
-

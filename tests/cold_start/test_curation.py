@@ -4,14 +4,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ares_jax.cold_start.curation import (
-    Candidate, curate, length_anchors, nearest_trace, summary, target_length, uniform_over_brackets,
+    Candidate,
+    curate,
+    length_anchors,
+    nearest_trace,
+    summary,
+    target_length,
+    uniform_over_brackets,
 )  # fmt: skip
 
 
 def test_target_length_is_the_line_between_the_anchors():
     """Worked by hand: medians 80 at pass rate 0 and 20 at 1; p = 0.25 aims at 0.75 * 80 + 0.25 * 20 = 65 tokens."""
     candidates = [
-        Candidate("a", "s", 0.0, (70, 80, 200)), Candidate("b", "s", 1.0, (10, 20, 30)), Candidate("c", "s", 0.25, (20, 61, 90))
+        Candidate("a", "s", 0.0, (70, 80, 200)), Candidate("b", "s", 1.0, (10, 20, 30)),
+        Candidate("c", "s", 0.25, (20, 61, 90))
     ]  # fmt: skip
     anchors = length_anchors(candidates)
     assert anchors == {"s": (80.0, 20.0)}

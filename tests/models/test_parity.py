@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from data_pipeline.mrope import mrope_positions
-from data_pipeline.packing import Segment, pack
-from data_pipeline.vision_layout import vision_layout
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from ares_jax.checkpoints import load_hf
 from ares_jax.checkpoints.params import to_flat, with_params
 from ares_jax.models.qwen2_5_vl import VisionInputs
+from data_pipeline.mrope import mrope_positions
+from data_pipeline.packing import Segment, pack
+from data_pipeline.vision_layout import vision_layout
 
 IMAGE, VIDEO, START, END = 60, 61, 62, 63
 VOCAB = 64
@@ -55,9 +55,7 @@ def torch_logits(model, tokens, patches, grids):
     arguments = {"input_ids": torch.tensor(tokens)[None]}
     if len(grids):
         kinds = torch.tensor((tokens == IMAGE).astype(int))[None]
-        arguments |= dict(
-            pixel_values=torch.tensor(patches), image_grid_thw=torch.tensor(grids), mm_token_type_ids=kinds
-        )
+        arguments |= dict(pixel_values=torch.tensor(patches), image_grid_thw=torch.tensor(grids), mm_token_type_ids=kinds)
     return model(**arguments).logits[0]
 
 
@@ -115,7 +113,7 @@ def test_packed_segments_give_what_each_gives_alone(tmp_path):
     rng = np.random.default_rng(3)
     examples = [example(rng, grids) for grids in (GRIDS[:1], [], GRIDS)]
     segments = [
-        Segment(t, mrope_positions(t, g, image_token_id=IMAGE)[0], p, g, {"index": np.arange(len(t)), "name": np.full(len(t), i)})
+        Segment(t, mrope_positions(t, g, image_token_id=IMAGE)[0], p, g, {"name": np.full(len(t), i)})
         for i, (t, p, g) in enumerate(examples)
     ]  # fmt: skip
     (batch,) = pack(segments, row_tokens=160, row_patches=400, rows=2)

@@ -91,7 +91,9 @@ def abstract_model(config: Qwen25VLConfig, *, dtype=jnp.float32, param_dtype=jnp
     return nnx.eval_shape(lambda: Qwen25VL(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype, remat=remat))
 
 
-def new_model(config: Qwen25VLConfig, seed: int, *, dtype=jnp.float32, param_dtype=jnp.float32, remat: bool = False) -> Qwen25VL:
+def new_model(
+    config: Qwen25VLConfig, seed: int, *, dtype=jnp.float32, param_dtype=jnp.float32, remat: bool = False
+) -> Qwen25VL:
     """Returns a model with random weights."""
 
     @jax.jit

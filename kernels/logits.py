@@ -1,0 +1,27 @@
+"""The one definition of a distribution over tokens, shared by the sampler and the learner's normaliser.
+
+If both did not divide, ban and round alike, the importance ratio of an unchanged policy would differ from 1.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def precision(*arrays: Array) -> jax.lax.Precision | None:
+    """Returns the matmul precision: accelerators would otherwise round float32 inputs to bfloat16 or TF32."""
+    return jax.lax.Precision.HIGHEST if jnp.result_type(*arrays) == jnp.float32 else None
+
+
+def token_logits(
+    hidden: Float[Array, "N D"],
+    lm_head: Float[Array, "V D"],
+    temperature: float | Float[Array, "N 1"],
+    banned: Bool[Array, "V"] | None,
+) -> Float[Array, "N V"]:
+    """Returns float32 logits divided by the temperature, -inf at banned tokens."""
+    logits = jnp.einsum(
+        "ND,VD->NV", hidden, lm_head, preferred_element_type=jnp.float32, precision=precision(hidden, lm_head)
+    )
+    logits = logits / temperature
+    return logits if banned is None else jnp.where(banned, -jnp.inf, logits)
