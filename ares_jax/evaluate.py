@@ -1,6 +1,7 @@
 """`python -m ares_jax.evaluate`: accuracy and response length of every trained stage on the test split."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -10,6 +11,10 @@ from ares_jax import cli
 from ares_jax.evaluation.harness import evaluate
 from ares_jax.metrics import stage, write_json
 from ares_jax.workspace import host, open_workspace, take
+
+
+def _advance(bar: tqdm, index: int) -> None:
+    bar.update()
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
@@ -27,7 +32,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
                 result = evaluate(
                     client, prompts, workspace.decode, name=name, split="test", seed=config.seed,
                     max_new_tokens=config.sampler.max_response_tokens, temperature=e.temperature, top_p=e.top_p,
-                    samples_shown=e.samples_shown, on_group=lambda index, bar=bar: bar.update(),
+                    samples_shown=e.samples_shown, on_group=partial(_advance, bar),
                 )  # fmt: skip
             write_json(path, {**result, "step": step})
             tokens += sum(level["problems"] * level["mean_tokens"] for level in result["levels"].values())

@@ -122,7 +122,7 @@ def open_workspace(config: ConfigDict, folder: Path) -> Workspace:
     vocabulary = model_config.text.vocab_size
     strings = tokenizer.token_strings(text)
     banned = np.arange(vocabulary) >= len(text)
-    banned[[i for i in text.convert_tokens_to_ids(list(tokenizer.NEVER_SAMPLED)) if i is not None]] = True
+    banned[list(text.get_added_vocab()[name] for name in tokenizer.NEVER_SAMPLED if name in text.get_added_vocab())] = True
     trigger = np.zeros(vocabulary, bool)
     trigger[: len(strings)] = trigger_mask(strings)
     model = abstract_model(model_config, **_types(config))

@@ -15,10 +15,10 @@ from data_pipeline.prompts import Problem
 
 
 class Source(Protocol):
-    """Random access to problems."""
+    """Random access to problems (or to anything a transform of `make_iterator` takes)."""
 
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Problem: ...
+    def __getitem__(self, index: Any) -> Any: ...
 
 
 class JsonlSource:

@@ -6,6 +6,7 @@ The small one has Qwen2.5-VL's special tokens and a chat template of the same ef
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -70,7 +71,7 @@ def save_processors(folder: Path, tokenizer, image_processor) -> None:
     temporary.rename(folder)
 
 
-def load_processors(folder: Path) -> tuple[PreTrainedTokenizerFast, Qwen2VLImageProcessorPil]:
+def load_processors(folder: Path) -> tuple[Any, Qwen2VLImageProcessorPil]:
     """Returns the tokenizer and the image processor of a Hugging Face folder."""
     return AutoTokenizer.from_pretrained(folder), Qwen2VLImageProcessorPil.from_pretrained(folder)
 

@@ -13,6 +13,7 @@ from ares_jax.aepo.loss import reduction_weights
 from ares_jax.aepo.scoring import ScoredGroup
 from ares_jax.aepo.state import AepoState
 from ares_jax.aepo.tree import token_advantages
+from ares_jax.sampling.trajectory import Trajectory
 from data_pipeline.packing import Segment
 
 
@@ -36,25 +37,26 @@ def learner_segments(scored: Sequence[ScoredGroup], state: AepoState, aepo: Conf
     """
     ids = np.repeat(np.arange(len(scored)), [len(s.rewards) for s in scored])
     advantages = np.asarray(group_normalized(np.concatenate([s.rewards for s in scored]), ids, baseline=aepo.baseline))
-    leaves, owned = [], []
+    leaves: list[tuple[ScoredGroup, Trajectory, np.ndarray]] = []
+    owned: list[np.ndarray] = []
     for number, s in enumerate(scored):
         group = s.group.leaves
-        values, own = token_advantages(
+        values, mine = token_advantages(
             [len(leaf.token_ids) for leaf in group], [leaf.parent for leaf in group],
             [leaf.branch_position for leaf in group], advantages[ids == number], tree=aepo.tree,
         )  # fmt: skip
         leaves += [(s, leaf, value) for leaf, value in zip(group, values, strict=True)]
-        owned += own
+        owned += mine
     weights = _weights(owned, aepo.reduction)
     tau = float(np.nan_to_num(state.tau_high))
     segments = []
-    for (s, leaf, advantage), own, weight in zip(leaves, owned, weights, strict=True):
+    for (s, leaf, value), own, weight in zip(leaves, owned, weights, strict=True):
         inside = inside_windows(leaf.window_mask, aepo.window)
         bonus = np.asarray(token_bonus(leaf.window_means, leaf.window_mask, tau, aepo.entropy_bonus))
         beta = np.asarray(token_weights(state.kappa, np.full(len(own), s.difficulty), inside, aepo.kl.rho))
         extras = {
             "weight": weight.astype(np.float32),
-            "advantage": (own * (advantage + bonus)).astype(np.float32),
+            "advantage": (own * (value + bonus)).astype(np.float32),
             "old_log_prob": (own * leaf.log_probs).astype(np.float32),
             "kl_weight": (own * beta).astype(np.float32),
             "bucket": (own * (s.difficulty + 1)).astype(np.int32),

@@ -63,17 +63,18 @@ def updated_state(
     """
     kappa = state.kappa
     if aepo.kl.dynamic and aepo.kl.weight > 0:
-        kappa = updated_controller(
+        moved = updated_controller(
             state.kappa, control_kl, np.array(aepo.kl.target), rate=aepo.kl.rate, minimum=aepo.kl.minimum,
             maximum=aepo.kl.maximum,
         )  # fmt: skip
+        kappa = np.asarray(moved, np.float64)
     pairs = zip(state.target, window_means, strict=True)
     target = [smoothed(float(old), float(new), aepo.target_decay) for old, new in pairs]
     return AepoState(
         np.array(smoothed(float(state.tau_high), batch_tau, aepo.tau_decay)),
         np.array(target),
         np.asarray(updated_alpha(state.alpha, window_means, state.target), np.float64),
-        np.asarray(kappa, np.float64),
+        kappa,
         np.array(smoothed(float(state.kept_share), kept_share, 0.8)),
     )
 

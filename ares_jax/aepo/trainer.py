@@ -139,7 +139,9 @@ class Trainer:
 
     def draw(self) -> tuple[list[ScoredGroup], list[ScoredGroup]]:
         """Draws until `prompts_per_step` groups survive filtering. Returns all groups drawn, and those kept."""
-        a, drawn, kept = self.aepo, [], []
+        a = self.aepo
+        drawn: list[ScoredGroup] = []
+        kept: list[ScoredGroup] = []
         for attempt in range(a.filter.attempts):
             missing = a.prompts_per_step - len(kept)
             count = min(2 * a.prompts_per_step, math.ceil(missing / max(float(self.state.kept_share), 0.25)))

@@ -1,5 +1,7 @@
 """The plots of a run (matplotlib). Each function returns a figure, or None while there is nothing to draw."""
 
+from typing import Any
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -9,7 +11,7 @@ from matplotlib.figure import Figure  # noqa: E402
 from ares_jax.reporting.load import LEVELS, Run, series  # noqa: E402
 
 COLORS = {"easy": "#2a9d8f", "medium": "#e09f3e", "hard": "#c1443c"}
-_STYLE = {
+_STYLE: Any = {
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
     "axes.titlesize": 11, "axes.titleweight": "bold", "legend.frameon": False, "figure.constrained_layout.use": True,
 }  # fmt: skip

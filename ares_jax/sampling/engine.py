@@ -318,7 +318,7 @@ class Engine:
     def _rows(self, leaves: list[_Leaf], count: int) -> Rows:
         w = self.options.window
         rows = Rows(
-            token=np.zeros(count, np.int32), length=np.zeros(count, np.int32), index=np.zeros(count, np.int32),
+            token=np.zeros(count, np.int32), length=np.zeros(count, np.int32), place=np.zeros(count, np.int32),
             alive=np.zeros(count, bool), rope_delta=np.zeros(count, np.int32), end=np.zeros(count, np.int32),
             key=np.zeros((count, 2), np.uint32), temperature=np.ones(count, np.float32),
             top_p=np.ones(count, np.float32), top_k=np.zeros(count, np.int32),
@@ -328,7 +328,7 @@ class Engine:
         for r, leaf in enumerate(leaves):
             request, n = leaf.group.request, leaf.count
             rows.token[r] = leaf.columns["token_ids"][n - 1] if n else request.token_ids[-1]
-            rows.length[r], rows.index[r], rows.alive[r] = leaf.cached, n, True
+            rows.length[r], rows.place[r], rows.alive[r] = leaf.cached, n, True
             rows.rope_delta[r], rows.end[r] = request.rope_delta, request.max_new_tokens
             rows.key[r] = leaf.group.keys[leaf.index]
             rows.temperature[r], rows.top_p[r], rows.top_k[r] = request.temperature, request.top_p, request.top_k

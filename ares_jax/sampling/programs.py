@@ -17,7 +17,7 @@ class Rows(NamedTuple):
 
     token: Int[Array, "B"]  # fed next; its key and value go to slot `length`
     length: Int[Array, "B"]  # tokens in the cache
-    index: Int[Array, "B"]  # of the response token that is drawn next
+    place: Int[Array, "B"]  # index of the response token that is drawn next
     alive: Bool[Array, "B"]
     rope_delta: Int[Array, "B"]
     end: Int[Array, "B"]  # response tokens allowed
@@ -97,19 +97,19 @@ def _decode(
     def step(carry):
         k, pages, r, out = carry
         hidden, pages = model.decode(r.token, r.length + r.rope_delta, pages, page_table, r.length)
-        keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(r.key), r.index)
+        keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(r.key), r.place)
         token, log_prob, entropy = sample_with_entropy(
             hidden, head, keys, temperature=r.temperature, top_k=r.top_k, top_p=r.top_p, banned=banned
         )
-        ring, mean, complete = window_push(WindowRing(r.ring, r.index), entropy, r.alive)
+        ring, mean, complete = window_push(WindowRing(r.ring, r.place), entropy, r.alive)
         tokens = jnp.where(r.alive[:, None], jnp.concatenate([r.ring_tokens[:, 1:], token[:, None]], axis=1), r.ring_tokens)
         hit = complete & (mean >= r.tau_high) & trigger[tokens[:, 0]]
         drawn = Drawn(token, log_prob, entropy, mean, hit, r.alive)
         out = jax.tree.map(lambda buffer, value: buffer.at[k].set(value), out, drawn)
-        index = r.index + r.alive
-        alive = r.alive & ~(token[:, None] == eos).any(axis=1) & (index < r.end)
+        place = r.place + r.alive
+        alive = r.alive & ~(token[:, None] == eos).any(axis=1) & (place < r.end)
         r = r._replace(
-            token=jnp.where(r.alive, token, r.token), length=r.length + r.alive, index=index, alive=alive,
+            token=jnp.where(r.alive, token, r.token), length=r.length + r.alive, place=place, alive=alive,
             ring=ring.entropies, ring_tokens=tokens,
         )  # fmt: skip
         return k + 1, pages, r, out

@@ -1,0 +1,124 @@
+"""Against float64 NumPy; the Pallas kernel in the TPU interpreter against its twin, and through the TPU compiler."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+
+from kernels import sample_with_entropy
+
+
+def exact(hidden, head, temperature, banned=None):
+    """Returns log-probabilities [B, V] and entropy [B] in float64."""
+    logits = hidden.astype(np.float64) @ head.astype(np.float64).T / temperature
+    if banned is not None:
+        logits[:, banned] = -np.inf
+    log_p = logits - logits.max(1, keepdims=True)
+    log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))
+    p = np.exp(log_p)
+    return log_p, -np.sum(np.where(p > 0, p * np.where(p > 0, log_p, 0), 0), axis=1)
+
+
+def random_case(rows, width, vocabulary, scale=0.3, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(rows, width)).astype(np.float32), scale * rng.normal(size=(vocabulary, width)).astype(np.float32)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "tpu_interpret"])
+@pytest.mark.parametrize("vocabulary", [7, 512, 1000])
+def test_statistics_are_those_of_the_full_distribution(implementation, vocabulary):
+    hidden, head = random_case(5, 32, vocabulary)
+    banned = np.zeros(vocabulary, bool)
+    banned[[1, 4]] = True
+    token, log_prob, entropy = sample_with_entropy(
+        hidden, head, jax.random.key(0), temperature=0.7, top_k=0, top_p=0.9, banned=jnp.array(banned),
+        implementation=implementation,
+    )  # fmt: skip
+    log_p, h = exact(hidden, head, 0.7, banned)
+    np.testing.assert_allclose(log_prob, log_p[np.arange(5), token], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(entropy, h, rtol=1e-5, atol=1e-5)
+    assert not banned[np.asarray(token)].any()
+
+
+@pytest.mark.parametrize("top_p, top_k", [(1.0, 0), (0.5, 0), (0.9, 3), (1e-6, 0)])
+def test_the_tpu_kernel_draws_what_its_twin_draws(top_p, top_k):
+    hidden, head = random_case(9, 32, 700)
+    results = [
+        sample_with_entropy(hidden, head, jax.random.key(1), temperature=1.3, top_k=top_k, top_p=top_p, implementation=name)
+        for name in ("xla", "tpu_interpret")
+    ]
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    for a, b in zip(results[0][1:], results[1][1:], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("top_p, top_k", [(1.0, 0), (0.8, 0), (1.0, 5), (0.9, 6)])
+def test_draws_follow_the_exact_truncated_distribution(top_p, top_k):
+    hidden, head = random_case(1, 16, 40)
+    log_p, _ = exact(hidden, head, 1.0)
+    p = np.exp(log_p[0])
+    order = np.argsort(-p)
+    before = np.cumsum(p[order]) - p[order]
+    kept = order[(before < top_p) & (np.arange(40) < (top_k or 40))]
+    expected = np.zeros(40)
+    expected[kept] = p[kept] / p[kept].sum()
+    draw = jax.jit(
+        lambda key: sample_with_entropy(
+            jnp.broadcast_to(hidden, (20_000, 16)), head, key, temperature=1.0, top_k=jnp.int32(top_k),
+            top_p=jnp.float32(top_p),
+        )[0]
+    )  # fmt: skip
+    counts = sum(np.bincount(draw(key), minlength=40) for key in jax.random.split(jax.random.key(2), 10))
+    assert counts[expected == 0].sum() == 0
+    common = expected * counts.sum() > 5
+    chi2 = np.sum((counts - expected * counts.sum())[common] ** 2 / (expected * counts.sum())[common])
+    freedom = common.sum() - 1
+    assert chi2 < freedom + 5 * np.sqrt(2 * freedom)
+
+
+def test_extreme_logits():
+    head = np.eye(8, dtype=np.float32)
+    rows = np.stack([1e4 * np.eye(8)[3], np.zeros(8), -1e4 * np.eye(8)[0]]).astype(np.float32)
+    token, log_prob, entropy = sample_with_entropy(rows, head, jax.random.key(0), temperature=1.0, top_k=0, top_p=0.99)
+    assert token[0] == 3 and token[2] != 0
+    np.testing.assert_allclose(log_prob, [0, -np.log(8), -np.log(7)], atol=1e-5)
+    np.testing.assert_allclose(entropy, [0, np.log(8), np.log(7)], atol=1e-5)
+
+
+def test_rows_have_their_own_settings_and_keys():
+    hidden, head = random_case(4, 16, 50)
+    keys = jax.random.split(jax.random.key(3), 4)
+    settings = dict(
+        temperature=jnp.array([0.0, 1.0, 0.5, 1.0]), top_k=jnp.array([0, 1, 0, 0]), top_p=jnp.array([1.0, 1.0, 0.5, 1.0])
+    )
+    token, log_prob, _ = sample_with_entropy(hidden, head, keys, **settings)
+    best = np.argmax(hidden @ head.T, axis=1)
+    assert token[0] == best[0] and token[1] == best[1]
+    np.testing.assert_allclose(log_prob[0], exact(hidden, head, 1.0)[0][0, best[0]], rtol=1e-5)
+    for row in range(4):  # a row's draw depends on its own key alone
+        alone = sample_with_entropy(
+            hidden[row : row + 1], head, keys[row : row + 1], **{name: value[row : row + 1] for name, value in settings.items()}
+        )
+        assert alone[0][0] == token[row]
+
+
+@pytest.mark.parametrize("topology, width", [("v5e:2x2", 2048), ("v5p:2x2x1", 3584)])
+def test_the_tpu_compiler_takes_the_kernel_without_a_logits_buffer(topology, width):
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    place = jax.sharding.SingleDeviceSharding(devices[0])
+    rows, vocabulary = 64, 151_936
+
+    def shape(dimensions, dtype):
+        return jax.ShapeDtypeStruct(dimensions, dtype, sharding=place)
+
+    def draw(hidden, head, keys, top_p):
+        keys = jax.random.wrap_key_data(keys)
+        return sample_with_entropy(hidden, head, keys, temperature=1.0, top_k=0, top_p=top_p, implementation="tpu")
+
+    arguments = (
+        shape((rows, width), jnp.bfloat16), shape((vocabulary, width), jnp.bfloat16), shape((rows, 2), jnp.uint32),
+        shape((rows,), jnp.float32),
+    )  # fmt: skip
+    compiled = jax.jit(draw).lower(*arguments).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < rows * vocabulary * 4 / 2
