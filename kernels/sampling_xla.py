@@ -49,10 +49,13 @@ def candidates(
     ids = jnp.arange(logits.shape[1], dtype=jnp.uint32)[None]
     bits = threefry(words[:, :1], words[:, 1:], ids, jnp.broadcast_to(attempt.astype(jnp.uint32), ids.shape))
     perturbed = jnp.where(logits > floor[:, None], logits + noise[:, None] * gumbel(bits), -jnp.inf)
-    if truncated:
-        _, token = jax.lax.top_k(perturbed, min(CANDIDATES, logits.shape[1]))
-    else:
-        token = jnp.broadcast_to(jnp.argmax(perturbed, axis=1)[:, None], (len(logits), CANDIDATES))
+    picked = []
+    for _ in range(min(CANDIDATES, logits.shape[1]) if truncated else 1):
+        # Not lax.top_k: for TPUs it is a sort of the vocabulary, minutes to compile.
+        best = jnp.argmax(perturbed, axis=1)[:, None]
+        picked.append(best)
+        perturbed = jnp.where(ids == best.astype(jnp.uint32), -jnp.inf, perturbed)
+    token = jnp.concatenate(picked, axis=1)
     logit = jnp.take_along_axis(logits, token, axis=1)
     if truncated:
         above = logits[:, None, :] > logit[:, :, None]

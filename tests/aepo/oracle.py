@@ -1,0 +1,111 @@
+"""A slow float64 NumPy version of AEPO, written from method.md alone: loops and definitions, nothing shared with the code."""
+
+import numpy as np
+
+
+def window_mean(entropy, t, w):
+    return sum(entropy[t : t + w]) / w
+
+
+def tau(trajectories, definition, q, w):
+    if definition == "trajectory":
+        return np.mean([np.percentile(h, 100 * q) for h in trajectories])
+    means = [[window_mean(h, t, w) for t in range(len(h) - w + 1)] for h in trajectories if len(h) >= w]
+    return np.median([np.percentile(m, 100 * q) for m in means])
+
+
+def bucket(k, group):
+    return 0 if k / group >= 6 / 8 else 1 if k / group >= 3 / 8 else 2
+
+
+def released(n, target, d, correct, alpha):
+    f, k, temp, c = [(0.15, 2, 2, 1), (0.25, 3, 2.5, 1), (0.35, 4, 3, 1.2)][d]
+    delta, cap = n - target, alpha * c
+    margin = max(1, f * max(target, 1))
+
+    def huber(x):
+        x = max(x, 0)
+        return x * x / (2 * k) if x <= k else x - k / 2
+
+    def sat(x):
+        return 1 / (1 + np.exp(-x / temp))
+
+    if not correct:
+        return [0.6, 0.8, 1.0][d] * cap * sat(max(delta - margin, 0))
+    if d == 0:
+        return -min(cap, huber(delta - margin) / (margin + k) * cap)
+    if d == 1:
+        return -min(cap, huber(abs(delta) - margin) / (margin + k) * cap)
+    if delta >= -margin:
+        return cap * sat(delta + margin)
+    return -min(cap, 0.5 * huber(-delta - margin) / (margin + k) * cap)
+
+
+def paper(n, target, d, correct, mean, variance, scale):
+    if correct:
+        return 0.0
+    delta = n - target
+    g = [max(0, delta), abs(delta), max(0, -delta)][d]
+    lam = max(0, ((target - mean) if d == 2 else (mean - target)) / (variance + 1e-6))
+    return -scale * lam * g
+
+
+def advantages(rewards, groups, baseline):
+    out = []
+    for r, g in zip(rewards, groups, strict=True):
+        mates = [x for x, other in zip(rewards, groups, strict=True) if other == g]
+        if len(mates) == 1:
+            out.append(0.0)
+        elif baseline == "grpo":
+            out.append((r - np.mean(mates)) / (np.std(mates, ddof=1) + 1e-6))
+        else:
+            out.append(r - (sum(mates) - r) / (len(mates) - 1))
+    return np.array(out)
+
+
+def path(leaf, t, parents, starts):
+    """Who owns token t of a leaf: walk up while the token lies before the branch point."""
+    while parents[leaf] >= 0 and t < starts[leaf]:
+        leaf = parents[leaf]
+    return leaf
+
+
+def subtree_advantages(lengths, parents, starts, advantages):
+    """The mean advantage of all leaves that pass through the same owner's token."""
+    values, owned = [], []
+    for leaf, n in enumerate(lengths):
+        row, own = np.zeros(n), np.zeros(n, bool)
+        for t in range(n):
+            owner = path(leaf, t, parents, starts)
+            below = [a for other, a in enumerate(advantages) if t < lengths[other] and path(other, t, parents, starts) == owner]
+            row[t], own[t] = np.mean(below), owner == leaf
+        values.append(row)
+        owned.append(own)
+    return values, owned
+
+
+def kl(log_p, log_ref, estimator):
+    d = np.clip(log_ref - log_p, -20, 20)
+    value = {"k1": -d, "abs": abs(d), "mse": d * d / 2, "k3": np.exp(d) - d - 1}[estimator]
+    return np.clip(value, -10, 10)
+
+
+def surrogate(log_p, old, advantage, low, high, dual):
+    ratio = np.exp(np.clip(log_p - old, -20, 20))
+    value = max(-advantage * ratio, -advantage * np.clip(ratio, 1 - low, 1 + high))
+    return min(value, -advantage * dual) if advantage < 0 else value
+
+
+def loss(log_p, old, advantage, mask, low, high, dual, reduction):
+    rows = [
+        [surrogate(*x, low, high, dual) for *x, m in zip(lp, o, a, mk, strict=True) if m]
+        for lp, o, a, mk in zip(log_p, old, advantage, mask, strict=True)
+    ]
+    if reduction == "token":
+        tokens = [x for row in rows for x in row]
+        return np.mean(tokens) if tokens else 0.0
+    return np.mean([np.mean(row) for row in rows if row]) if any(rows) else 0.0
+
+
+def controller(kappa, observed, target, rate, low, high):
+    return np.clip(kappa * (1 + rate * (observed / target - 1)), low, high)
