@@ -33,6 +33,7 @@ def default_config() -> ConfigDict:
     d.train_files = ()  # JSONL of problems (data_pipeline/sources.py documents the schema)
     d.validation_files = ()
     d.test_files = ()
+    d.problem_seed = 0  # of generated problems: runs with other seeds are tested on the same ones
     d.train_problems = 20_000  # size of the generated training set (digits)
     d.validation_problems = 192  # an equal number of each level
     d.test_problems = 900

@@ -50,7 +50,7 @@ class Workspace:
         d = self.config.data
         try:
             return sources.make_source(
-                d.source, split, files=d[f"{split}_files"], size=d[f"{split}_problems"], seed=self.config.seed
+                d.source, split, files=d[f"{split}_files"], size=d[f"{split}_problems"], seed=d.problem_seed
             )
         except ValueError as error:
             raise UserError(str(error)) from None

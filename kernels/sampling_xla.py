@@ -49,13 +49,10 @@ def candidates(
     ids = jnp.arange(logits.shape[1], dtype=jnp.uint32)[None]
     bits = threefry(words[:, :1], words[:, 1:], ids, jnp.broadcast_to(attempt.astype(jnp.uint32), ids.shape))
     perturbed = jnp.where(logits > floor[:, None], logits + noise[:, None] * gumbel(bits), -jnp.inf)
-    picked = []
-    for _ in range(min(CANDIDATES, logits.shape[1]) if truncated else 1):
-        # Not lax.top_k: for TPUs it is a sort of the vocabulary, minutes to compile.
-        best = jnp.argmax(perturbed, axis=1)[:, None]
-        picked.append(best)
-        perturbed = jnp.where(ids == best.astype(jnp.uint32), -jnp.inf, perturbed)
-    token = jnp.concatenate(picked, axis=1)
+    if truncated:
+        token = jax.lax.platform_dependent(perturbed, tpu=_largest_without_sorting, default=_largest)
+    else:
+        token = jnp.broadcast_to(jnp.argmax(perturbed, axis=1)[:, None], (len(logits), CANDIDATES))
     logit = jnp.take_along_axis(logits, token, axis=1)
     if truncated:
         above = logits[:, None, :] > logit[:, :, None]
@@ -67,3 +64,17 @@ def candidates(
     return Candidates(
         token.astype(jnp.int32), logit, mass, count.astype(jnp.int32), top[:, 0] + log_total, log_total - moment / total
     )
+
+
+def _largest(values: Float[Array, "B V"]) -> Int[Array, "B 4"]:
+    return jax.lax.top_k(values, min(CANDIDATES, values.shape[1]))[1]
+
+
+def _largest_without_sorting(values: Float[Array, "B V"]) -> Int[Array, "B 4"]:
+    # For TPUs top_k is a sort of the whole vocabulary, which takes the compiler two minutes.
+    ids = jnp.arange(values.shape[1], dtype=jnp.int32)
+    picked = []
+    for _ in range(min(CANDIDATES, values.shape[1])):
+        picked.append(jnp.argmax(values, axis=1).astype(jnp.int32)[:, None])
+        values = jnp.where(ids == picked[-1], -jnp.inf, values)
+    return jnp.concatenate(picked, axis=1)

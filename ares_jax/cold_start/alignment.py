@@ -20,7 +20,7 @@ from ares_jax.workspace import Workspace
 from data_pipeline.digits import captioned_cards
 from data_pipeline.packing import Segment, pack
 
-_IMAGES, _BATCH, _LEARNING_RATE = 600, 64, 2e-3
+_IMAGES, _BATCH, _LEARNING_RATE = 2000, 64, 3e-3
 
 
 def align_vision(workspace: Workspace, params: Params, steps: int) -> Params:

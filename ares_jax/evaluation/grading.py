@@ -1,5 +1,6 @@
 """Is a response right? The last boxed answer against the reference: exact or numeric first, then math-verify."""
 
+import logging
 import re
 
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
@@ -39,6 +40,7 @@ def is_correct(response: str, answer: str) -> bool:
 def _verified(given: str, wanted: str) -> bool:
     from math_verify import parse, verify  # sympy takes a second to import, and most answers need none of it
 
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of the missing timeouts at every call
     # Timeouts work through signals, which only the main thread may use: without them it runs in any thread.
     gold, target = (parse(f"${text}$", parsing_timeout=None) for text in (wanted, given))
     return bool(verify(gold, target, timeout_seconds=None))

@@ -77,7 +77,9 @@ def subtree_advantages(lengths, parents, starts, advantages):
         row, own = np.zeros(n), np.zeros(n, bool)
         for t in range(n):
             owner = path(leaf, t, parents, starts)
-            below = [a for other, a in enumerate(advantages) if t < lengths[other] and path(other, t, parents, starts) == owner]
+            below = [
+                a for other, a in enumerate(advantages) if t < lengths[other] and path(other, t, parents, starts) == owner
+            ]
             row[t], own[t] = np.mean(below), owner == leaf
         values.append(row)
         owned.append(own)

@@ -75,7 +75,9 @@ def test_rewards(seed):
     n, target = rng.integers(0, 60, 20).astype(float), rng.uniform(0, 50, 20)
     d, correct, alpha = rng.integers(0, 3, 20), rng.random(20) < 0.5, rng.uniform(0, 2, 20)
     mine = reward.released_entropy_reward(n, target, d, correct, alpha)
-    np.testing.assert_allclose(mine, [oracle.released(*x) for x in zip(n, target, d, correct, alpha, strict=True)], atol=1e-6)
+    np.testing.assert_allclose(
+        mine, [oracle.released(*x) for x in zip(n, target, d, correct, alpha, strict=True)], atol=1e-6
+    )
     mean, variance = rng.uniform(0, 50, 20), rng.uniform(0, 9, 20)
     mine = reward.paper_entropy_reward(n, target, d, correct, mean, variance, scale=0.3)
     rows = zip(n, target, d, correct, mean, variance, strict=True)

@@ -52,3 +52,48 @@ def test_memory_does_not_grow_with_the_logits():
 def test_bad_settings_are_named():
     with pytest.raises(ValueError, match="temperature=0"):
         token_log_probs_and_entropy(jnp.ones((1, 2)), jnp.ones((3, 2)), jnp.array([0]), temperature=0)
+
+
+def exact(hidden, head, targets, temperature):
+    logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T / temperature
+    log_p = logits - logits.max(1, keepdims=True)
+    log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))
+    return log_p[np.arange(len(targets)), targets], -np.sum(np.exp(log_p) * log_p, axis=1)
+
+
+@pytest.mark.parametrize(
+    ("count", "vocabulary", "dtype"), [(37, 97, jnp.float32), (37, 96, jnp.bfloat16), (5, 151_936, jnp.float32)]
+)
+def test_values_against_float64(count, vocabulary, dtype):
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden = (0.4 * jax.random.normal(keys[0], (count, 24))).astype(dtype)
+    head = jax.random.normal(keys[1], (vocabulary, 24)).astype(dtype)
+    targets = jax.random.randint(keys[2], (count,), 0, vocabulary)
+    got = token_log_probs_and_entropy(hidden, head, targets, temperature=0.7, chunk=16)
+    for value, expected in zip(got, exact(hidden, head, targets, 0.7), strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_extreme_logits_have_values_and_gradients():
+    """Rows of given logits, by a hidden state that is the identity: +-1e4, all equal, one-hot."""
+    rows = np.stack([np.where(np.arange(33) % 2, 1e4, -1e4), np.zeros(33), np.full(33, 1e4), 1e4 * np.eye(33)[4]])
+    targets = np.array([1, 3, 32, 4])
+
+    def both(hidden, head):
+        return token_log_probs_and_entropy(hidden, head, jnp.array(targets), temperature=1.0)
+
+    hidden, head = jnp.eye(4), jnp.array(rows.T, jnp.float32)
+    for value, expected in zip(both(hidden, head), exact(np.eye(4), rows.T, targets, 1.0), strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
+    for gradient in jax.grad(lambda h, w: sum(x.sum() for x in both(h, w)), argnums=(0, 1))(hidden, head):
+        assert jnp.isfinite(gradient).all()
+
+
+def test_a_banned_target_takes_no_gradient():
+    banned = jnp.arange(9) == 7
+
+    def log_prob(hidden):
+        return token_log_probs_and_entropy(hidden, jnp.eye(9), jnp.array([7]), temperature=1.0, banned=banned)[0][0]
+
+    assert log_prob(jnp.ones((1, 9))) == -jnp.inf
+    assert not jax.grad(log_prob)(jnp.ones((1, 9))).any()

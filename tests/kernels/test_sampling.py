@@ -98,7 +98,10 @@ def test_rows_have_their_own_settings_and_keys():
     np.testing.assert_allclose(log_prob[0], exact(hidden, head, 1.0)[0][0, best[0]], rtol=1e-5)
     for row in range(4):  # a row's draw depends on its own key alone
         alone = sample_with_entropy(
-            hidden[row : row + 1], head, keys[row : row + 1], **{name: value[row : row + 1] for name, value in settings.items()}
+            hidden[row : row + 1],
+            head,
+            keys[row : row + 1],
+            **{name: value[row : row + 1] for name, value in settings.items()},
         )
         assert alone[0][0] == token[row]
 

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -44,3 +45,30 @@ def test_the_ring_agrees_bit_for_bit():
 def test_an_empty_window_is_refused():
     with pytest.raises(ValueError, match="window=0"):
         window_means(jnp.ones((1, 3)), jnp.ones((1, 3), bool), 0)
+
+
+@pytest.mark.parametrize("window", [1, 3, 7])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_forms_agree_bit_for_bit_compiled_or_not_with_pauses(window, compiled):
+    rng = np.random.default_rng(window)
+    steps, rows = 30, 6
+    active = rng.random((steps, rows)) < np.array([1.0, 0.9, 0.5, 0.2, 0.05, 0.0])
+    entropy = rng.gamma(1.0, size=(steps, rows)).astype(np.float32)
+    push = jax.jit(window_push) if compiled else window_push
+    ring, ended = window_ring_init(rows, window), []
+    for t in range(steps):
+        ring, mean, complete = push(ring, jnp.array(entropy[t]), jnp.array(active[t]))
+        ended.append((np.asarray(mean), np.asarray(complete)))
+    means_at, complete_at = (np.stack(x) for x in zip(*ended, strict=True))
+    assert not complete_at[~active].any()
+    own, count = np.zeros((rows, steps), np.float32), active.sum(0)
+    for row in range(rows):  # a paused row goes on where it was: its window is over its own tokens
+        own[row, : count[row]] = entropy[active[:, row], row]
+    mask = jnp.arange(steps) < count[:, None]
+    for form in (window_means, jax.jit(window_means, static_argnums=2)):
+        means, complete = (np.asarray(x) for x in form(jnp.array(own), mask, window))
+        for row in range(rows):
+            starts = max(count[row] - window + 1, 0)
+            on = active[:, row]
+            np.testing.assert_array_equal(means_at[on, row][window - 1 :], means[row, :starts])
+            np.testing.assert_array_equal(complete_at[on, row][window - 1 :], complete[row, :starts])

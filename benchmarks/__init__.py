@@ -1,0 +1,1 @@
+"""Measurements: each module prints tables; none is a test."""

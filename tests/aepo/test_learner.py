@@ -1,0 +1,118 @@
+"""The learner's step on real trees of the tiny model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ares_jax.aepo.batch import inside_windows, learner_segments
+from ares_jax.aepo.learner import Learner
+from ares_jax.aepo.scoring import ScoredGroup, score
+from ares_jax.aepo.state import from_json, initial_state, to_json
+from ares_jax.checkpoints.params import to_flat
+from ares_jax.config import default_config
+from ares_jax.sampling.requests import rollout_request
+from ares_jax.training import initial_state as train_state
+from ares_jax.training import make_optimizer
+from ares_jax.training.log_probs import token_statistics
+from data_pipeline.packing import pack
+from tests import digits
+
+BANNED = np.arange(digits.VOCABULARY) >= len(digits.encoder().tokenizer)
+
+
+@pytest.fixture(scope="module")
+def scored():
+    prompts = digits.prompts(4)
+    requests = [
+        rollout_request(p, seed=i, group_size=4, root_leaves=2, max_branches_per_sequence=2, tau_high=5.4, max_new_tokens=12)
+        for i, p in enumerate(prompts)
+    ]
+    groups = digits.engine().generate(requests)
+    rng = np.random.default_rng(0)
+    out = []
+    for prompt, group in zip(prompts, groups, strict=True):
+        windows = np.array([leaf.window_mask.sum() for leaf in group.leaves])
+        out.append(ScoredGroup(prompt, group, 1, rng.random(4) < 0.5, windows, rng.normal(size=4)))
+    assert sum(s.group.branches for s in out) > 2
+    return out
+
+
+def aepo(**changes):
+    config = default_config()
+    with config.unlocked():
+        config.aepo.window = 3
+        config.aepo.update(changes)
+    return config
+
+
+def step(scored, config, *, rows, learning_rate=None):
+    """Returns the parameters after one update, and the segments' batches."""
+    state = initial_state(config.aepo)._replace(tau_high=np.array(5.4))
+    batches = pack(learner_segments(scored, state, config.aepo), rows=rows, row_tokens=96, row_patches=48)
+    # Plain descent where updates are compared: Adam's first step is the sign of the gradient, noise where it is near 0.
+    adam = make_optimizer(config.optimizer, learning_rate=learning_rate or 0.0, steps=1)
+    optimizer = adam if learning_rate else optax.sgd(1.0)
+    learner = Learner(digits.model(), BANNED, optimizer, config.aepo, temperature=1.0, freeze_vision=False)
+    params = jax.tree.map(lambda x: x.copy(), to_flat(digits.model()))
+    learner.recompute(params, batches)
+    after, metrics = learner.update(train_state(params, optimizer), batches, to_flat(digits.model()))
+    return after, metrics, batches
+
+
+def gained(params, batches):
+    statistics = jax.jit(token_statistics(digits.model(), jnp.array(BANNED), freeze_vision=False))
+    total = 0.0
+    for batch in batches:
+        change = np.asarray(statistics(params, batch)[0]) - batch["old_log_prob"]
+        total += float(np.sum(np.where(batch["bucket"] > 0, batch["weight"] * batch["advantage"] * change, 0)))
+    return total
+
+
+def test_an_update_makes_good_leaves_likelier(scored):
+    state, metrics, batches = step(scored, aepo(), rows=4, learning_rate=1e-4)
+    assert gained(state.params, batches) > 0
+    assert float(metrics["mismatch"]) / float(metrics["tokens"]) < 1e-5  # sampler and learner agree
+    assert abs(sum(float(b["weight"].sum()) for b in batches) - 1) < 1e-5
+
+
+@pytest.mark.parametrize("old", ["sampler", "recomputed"])
+def test_micro_batches_add_up_to_the_batch(scored, old):
+    config = aepo(old_log_probs=old, reduction="seq")
+    one, many = step(scored, config, rows=16)[0], step(scored, config, rows=1)[0]
+    moved = {name: one.params[name] - value for name, value in to_flat(digits.model()).items()}
+    for name, value in many.params.items():
+        np.testing.assert_allclose(value, one.params[name], atol=1e-5 + 1e-4 * float(jnp.abs(moved[name]).max()))
+
+
+def test_each_distinct_token_counts_once(scored):
+    state = initial_state(aepo().aepo)
+    distinct = sum(len(leaf.token_ids) - leaf.branch_position for s in scored for leaf in s.group.leaves)
+    for tree, expected in (
+        ("subtree", distinct),
+        ("leaf", sum(len(leaf.token_ids) for s in scored for leaf in s.group.leaves)),
+    ):
+        segments = learner_segments(scored, state, aepo(tree=tree).aepo)
+        assert sum(int((s.extras["bucket"] > 0).sum()) for s in segments) == expected
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(scored):
+    broken = [ScoredGroup(**{**vars(s), "rewards": np.array([np.nan, 0, 1, 0])}) for s in scored]
+    state, metrics, _ = step(broken, aepo(), rows=16)
+    assert int(state.skipped) == 1
+    for name, value in to_flat(digits.model()).items():
+        np.testing.assert_array_equal(state.params[name], value)
+
+
+def test_scores_and_state(scored):
+    config = aepo(shaping="none").aepo
+    decode = {tuple(leaf.token_ids): str(i) for s in scored for i, leaf in enumerate(s.group.leaves)}
+    prompts, groups = [s.prompt for s in scored], [s.group for s in scored]
+    result = score(prompts, groups, lambda ids: f"\\boxed{{{prompts[0].answer}}}", initial_state(config), config)
+    assert result[0].correct.all() and result[0].difficulty == 0 and result[0].accuracy == 1.0 and decode
+    state = initial_state(config)
+    again = from_json(to_json(state))
+    for a, b in zip(state, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert inside_windows(np.array([0, 1, 0, 0, 0], bool), 3).tolist() == [False, True, True, True, False]

@@ -1,0 +1,42 @@
+"""A tiny digits model shared by tests: random weights, real tokenizer and image processor."""
+
+import functools
+
+import numpy as np
+
+from ares_jax.models.qwen2_5_vl import Qwen25VLConfig, TextConfig, VisionConfig
+from ares_jax.models.qwen2_5_vl.model import new_model
+from ares_jax.sampling import Engine, EngineOptions
+from data_pipeline import digits, tokenizer
+from data_pipeline.prompts import PromptEncoder
+
+VOCABULARY = 448
+
+
+@functools.cache
+def encoder() -> PromptEncoder:
+    return PromptEncoder(
+        tokenizer.train_tokenizer(digits.corpus(), VOCABULARY), tokenizer.make_image_processor(784, 784 * 64)
+    )
+
+
+@functools.cache
+def model():
+    names = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    config = Qwen25VLConfig(
+        TextConfig(VOCABULARY, 64, 96, 2, 4, 2, (2, 3, 3), 1e4), VisionConfig(32, 48, 2, 2, (1,)),
+        *encoder().tokenizer.convert_tokens_to_ids(names),
+    )  # fmt: skip
+    return new_model(config, 0)
+
+
+def prompts(count: int):
+    source = digits.DigitsSource("train", count, seed=0)
+    return [encoder()(source[i]) for i in range(count)]
+
+
+def engine(*, pages: int = 400, slots: int = 32, window: int = 3) -> Engine:
+    trigger = np.random.default_rng(0).random(VOCABULARY) < 0.3  # a random model says trigger words by chance
+    options = EngineOptions(slots, 8, pages, 64, 48, 128, 4, 5, window)
+    banned = np.arange(VOCABULARY) >= len(encoder().tokenizer)
+    return Engine(model(), options, eos_token_ids=[encoder().tokenizer.eos_token_id], banned=banned, trigger_mask=trigger)

@@ -1,0 +1,91 @@
+"""Truncated sets that four candidates miss, sets of one, rows without a distribution, the vocabulary of Qwen."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import sample_with_entropy
+
+BOTH = pytest.mark.parametrize("implementation", ["xla", "tpu_interpret"])
+
+
+def identity_case(logits):
+    """Returns a hidden state and a head that give these logits [B, V]."""
+    return jnp.eye(len(logits)), jnp.array(np.asarray(logits).T, jnp.float32)
+
+
+def test_draws_after_many_misses_follow_the_exact_distribution():
+    """Three tokens of 301 are kept: four candidates of a nearly flat distribution almost never hold one."""
+    logits = np.linspace(0.0, 0.3, 301)[None]
+    hidden, head = identity_case(logits)
+    draw = jax.jit(
+        lambda key: sample_with_entropy(
+            jnp.broadcast_to(hidden, (2000, 1)), head, key, temperature=0.1, top_k=jnp.int32(3), top_p=jnp.float32(1)
+        )[0]
+    )
+    counts = sum(np.bincount(draw(key), minlength=301) for key in jax.random.split(jax.random.key(4), 100))
+    assert counts[:-3].sum() == 0
+    p = np.exp(logits[0, -3:] / 0.1)
+    expected = 200_000 * p / p.sum()
+    assert np.sum((counts[-3:] - expected) ** 2 / expected) < 13.8  # 2 degrees of freedom, p = .001
+
+
+@BOTH
+@pytest.mark.parametrize("setting", [dict(top_p=0.0, top_k=0), dict(top_p=1.0, top_k=1)])
+def test_the_most_likely_token_is_never_truncated(implementation, setting):
+    logits = np.random.default_rng(0).normal(size=(3, 600))
+    hidden, head = identity_case(logits)
+    token, _, _ = sample_with_entropy(
+        hidden, head, jax.random.key(0), temperature=5.0, implementation=implementation, **setting
+    )
+    np.testing.assert_array_equal(token, logits.argmax(1))
+
+
+@BOTH
+def test_a_row_without_a_distribution_ends_with_nan_and_harms_no_other(implementation):
+    """A NaN would otherwise be drawn again for ever."""
+    hidden = jnp.eye(2).at[0, 0].set(jnp.nan)
+    _, log_prob, entropy = sample_with_entropy(
+        hidden, jnp.ones((20, 2)).at[:, 0].set(0.0), jax.random.key(0), temperature=1.0, top_k=0, top_p=0.9,
+        implementation=implementation,
+    )  # fmt: skip
+    np.testing.assert_array_equal(np.isnan(log_prob), [True, False])
+    np.testing.assert_array_equal(np.isnan(entropy), [True, False])
+    _, log_prob, _ = sample_with_entropy(
+        jnp.ones((1, 2)), jnp.ones((20, 2)), jax.random.key(0), temperature=1.0, top_k=0, top_p=0.9,
+        banned=jnp.ones(20, bool), implementation=implementation,
+    )  # fmt: skip
+    assert np.isnan(log_prob[0])
+
+
+@BOTH
+@pytest.mark.parametrize("vocabulary", [1, 3])
+def test_vocabularies_smaller_than_the_candidates(implementation, vocabulary):
+    hidden, head = identity_case(np.zeros((4, vocabulary)))
+    token, _, entropy = sample_with_entropy(
+        hidden, head, jax.random.key(0), temperature=1.0, top_k=2, top_p=0.5, implementation=implementation
+    )
+    assert (np.asarray(token) < vocabulary).all()
+    np.testing.assert_allclose(entropy, np.log(vocabulary), atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 5e-3)])
+def test_vocabulary_of_qwen_against_float64(dtype, tolerance):
+    rng = np.random.default_rng(0)
+    hidden = jnp.array(rng.normal(size=(3, 32)) * 0.4, dtype)
+    head = jnp.array(rng.normal(size=(151_936, 32)), dtype)
+    token, log_prob, entropy = sample_with_entropy(hidden, head, jax.random.key(0), temperature=0.8, top_k=0, top_p=0.99)
+    logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T / 0.8
+    log_p = logits - logits.max(1, keepdims=True)
+    log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))
+    np.testing.assert_allclose(log_prob, log_p[np.arange(3), token], rtol=tolerance)
+    np.testing.assert_allclose(entropy, -(np.exp(log_p) * log_p).sum(1), rtol=tolerance)
+
+
+def test_one_key_gives_rows_of_their_own_and_bad_implementations_are_named():
+    hidden, head = identity_case(np.zeros((64, 500)))
+    token, _, _ = sample_with_entropy(hidden, head, jax.random.key(0), temperature=1.0, top_k=0, top_p=1.0)
+    assert len(np.unique(token)) > 40
+    with pytest.raises(ValueError, match="implementation='cuda'"):
+        sample_with_entropy(hidden, head, jax.random.key(0), temperature=1.0, top_k=0, top_p=1.0, implementation="cuda")

@@ -1,0 +1,61 @@
+"""A made-up run: every section is there, numbers are the files', nothing is fetched, nothing breaks when files miss."""
+
+import json
+
+from ares_jax.reporting import build_report, console_table
+
+
+def write_run(folder):
+    (folder / "aepo").mkdir(parents=True)
+    (folder / "cold_start").mkdir()
+    (folder / "evaluation").mkdir()
+    (folder / "config.json").write_text(json.dumps({"seed": 3}))
+    (folder / "stages.json").write_text(json.dumps([{"name": "AEPO", "seconds": 12.0, "tokens": 345, "detail": {}}]))
+    levels = {
+        level: {"problems": 300, "correct": k, "accuracy": k / 300, "interval": [0.1, 0.9], "mean_tokens": 20.5}
+        for level, k in (("easy", 270), ("medium", 201), ("hard", 99))
+    }
+    sample = {
+        "problem_id": "p", "level": "easy", "question": "<b>1</b>?", "answer": "7", "response": "<think>x</think>", "tokens": 5,
+        "correct": True, "image": "data:image/png;base64,AAAA",
+    }  # fmt: skip
+    for name in ("base", "cold_start"):
+        result = {"name": name, "split": "test", "temperature": 0.5, "levels": levels, "samples": [sample]}
+        (folder / "evaluation" / f"{name}.json").write_text(json.dumps(result))
+    step = {
+        "step": 1, "time": 0.0, "reward/mean": 0.5, "leaves": 8, "branches": 2, "tokens/shared": 30, "tokens/computed": 70,
+        "validation/accuracy/easy": 0.9, "kl/easy": 0.1,
+    }  # fmt: skip
+    (folder / "aepo" / "metrics.jsonl").write_text(json.dumps(step) + '\n{"step": 2, "ti')  # a killed run's last line
+    leaf = {
+        "tokens": [" so", "<", " 7"], "entropies": [0.1, 1.2, 0.3], "window_means": [0.5, 0.0, 0.0],
+        "window_mask": [False, True, False], "parent": -1, "branch_position": 0, "reward": 1.0, "correct": True,
+    }  # fmt: skip
+    branch = {**leaf, "parent": 0, "branch_position": 1, "correct": False}
+    record = {
+        "step": 1, "problem_id": "p", "level": "hard", "question": "q", "answer": "7", "image": None, "tau_high": 0.4,
+        "leaves": [leaf, branch],
+    }  # fmt: skip
+    (folder / "aepo" / "rollouts.jsonl").write_text(json.dumps(record) + "\n")
+    bracket = {"pass_rate": 0.5, "problems": 9, "selected": 4, "length_before": 30.0, "length_after": 20.0}
+    curation = {
+        "brackets": [bracket], "lengths": {"digits": {"at_0": 40.0, "at_1": 20.0}}, "correlation_before": 0.1,
+        "correlation_after": 0.7,
+    }  # fmt: skip
+    (folder / "cold_start" / "curation.json").write_text(json.dumps(curation))
+
+
+def test_the_page_holds_everything_and_fetches_nothing(tmp_path):
+    write_run(tmp_path)
+    page = build_report(tmp_path).read_text()
+    for text in ("90.0%", "67.0%", "2 of 8 leaves are branches (25%)", "30 of 100 tokens", "branch of 0", "0.70 after"):
+        assert text in page
+    assert "http" not in page and "<b>1</b>?" not in page and "&lt;b&gt;1" in page
+    assert {p.stem for p in (tmp_path / "plots").iterdir()} == {"training", "entropy", "reward", "kl", "curation"}
+    assert "90.0% [10.0%, 90.0%] 20.5 tok" in console_table(tmp_path)
+
+
+def test_an_empty_run_is_no_error(tmp_path):
+    page = build_report(tmp_path).read_text()
+    assert page.count("Not yet measured.") >= 5
+    assert "Not yet measured" in console_table(tmp_path)

@@ -1,0 +1,125 @@
+"""The engine against whole forward passes, and its promises about trees."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ares_jax.aepo.windows import validated
+from ares_jax.checkpoints.params import to_flat
+from ares_jax.cold_start.sft import response_segment
+from ares_jax.errors import UserError
+from ares_jax.sampling.requests import rollout_request
+from ares_jax.training.log_probs import token_statistics
+from data_pipeline.packing import pack
+from kernels import window_means
+from tests import digits
+
+TAU = 5.4  # a random model's token entropies lie around log(400) = 6
+
+
+def request(prompt, seed=0, **changes):
+    settings = dict(group_size=6, root_leaves=3, max_branches_per_sequence=2, tau_high=TAU, max_new_tokens=20)
+    return rollout_request(prompt, seed=seed, **{**settings, **changes})
+
+
+def statistics_of(prompt, token_ids, temperature):
+    """Log-probs and entropies of a response by one whole forward pass."""
+    segment = response_segment(prompt, token_ids)
+    (batch,) = pack([segment], row_tokens=len(segment.token_ids), row_patches=48, rows=1)
+    banned = jnp.arange(digits.VOCABULARY) >= len(digits.encoder().tokenizer)
+    statistics = token_statistics(digits.model(), banned, freeze_vision=False, temperature=temperature)
+    log_probs, entropies = statistics(to_flat(digits.model()), batch)
+    return np.asarray(log_probs[0, -len(token_ids) :]), np.asarray(entropies[0, -len(token_ids) :])
+
+
+@pytest.fixture(scope="module")
+def groups():
+    prompts = digits.prompts(5)
+    return prompts, digits.engine().generate([request(p, seed=i, temperature=1.1) for i, p in enumerate(prompts)])
+
+
+def test_log_probs_and_entropies_are_the_learners(groups):
+    for prompt, group in zip(groups[0][:2], groups[1][:2], strict=True):
+        for leaf in group.leaves:
+            log_probs, entropies = statistics_of(prompt, leaf.token_ids, 1.1)
+            np.testing.assert_allclose(leaf.log_probs, log_probs, atol=1e-4)
+            np.testing.assert_allclose(leaf.entropies, entropies, atol=1e-4)
+
+
+def test_groups_are_complete_trees_that_branch_at_validated_windows_only(groups):
+    trigger = np.random.default_rng(0).random(digits.VOCABULARY) < 0.3
+    branches = 0
+    for prompt, group in zip(*groups, strict=True):
+        assert len(group.leaves) == 6 and [leaf.parent for leaf in group.leaves[:3]] == [-1] * 3
+        for leaf in group.leaves:
+            h = leaf.entropies
+            means, complete = (np.asarray(x)[0] for x in window_means(jnp.array(h)[None], jnp.ones((1, len(h)), bool), 3))
+            np.testing.assert_array_equal(leaf.window_means, means)
+            expected = validated(means, complete, trigger[leaf.token_ids], np.float32(TAU))
+            np.testing.assert_array_equal(leaf.window_mask, expected)
+            if leaf.parent >= 0:
+                branches += 1
+                parent = group.leaves[leaf.parent]
+                assert parent.window_mask[leaf.branch_position]
+                shared = slice(0, leaf.branch_position)
+                np.testing.assert_array_equal(leaf.token_ids[shared], parent.token_ids[shared])
+        own = sum(len(leaf.token_ids) - leaf.branch_position for leaf in group.leaves)
+        assert group.computed_tokens == len(prompt.token_ids) + own
+    assert branches > 5
+
+
+def test_a_tree_does_not_depend_on_its_company(groups):
+    prompts, together = groups
+    alone = digits.engine(slots=4).generate([request(prompts[3], seed=3, temperature=1.1)])[0]
+    for a, b in zip(alone.leaves, together[3].leaves, strict=True):
+        np.testing.assert_array_equal(a.token_ids, b.token_ids)
+        assert (a.parent, a.branch_position) == (b.parent, b.branch_position)
+
+
+def test_preempted_groups_come_out_the_same(groups):
+    prompts, together = groups
+    tight = digits.engine(pages=110)
+    result = tight.generate([request(p, seed=i, temperature=1.1) for i, p in enumerate(prompts)])
+    assert tight.stats()["preempted"] > 0
+    for group, other in zip(result, together, strict=True):
+        for a, b in zip(group.leaves, other.leaves, strict=True):
+            np.testing.assert_array_equal(a.token_ids, b.token_ids)
+    assert tight.stats()["free_pages"] == 109  # nothing leaked
+
+
+def test_greedy_is_the_argmax_of_the_whole_forward():
+    prompt = digits.prompts(2)[1]
+    plain = request(prompt, temperature=0.0, group_size=1, root_leaves=1, tau_high=math.inf, max_new_tokens=8)
+    leaf = digits.engine().generate([plain])[0].leaves[0]
+    banned = np.arange(digits.VOCABULARY) >= len(digits.encoder().tokenizer)
+    for n in range(len(leaf.token_ids)):
+        segment = response_segment(prompt, leaf.token_ids[: n + 1])
+        (batch,) = pack([segment], row_tokens=len(segment.token_ids), row_patches=48, rows=1)
+        from ares_jax.models.qwen2_5_vl import VisionInputs
+
+        vision = VisionInputs(*(batch[f"patch{name}"] for name in ("es", "_positions", "_window_ids", "_frame_ids")))
+        hidden = digits.model()(batch["tokens"], batch["positions"], batch["segment_ids"], vision)[0, -2]
+        assert int(jnp.argmax(jnp.where(banned, -jnp.inf, hidden @ digits.model().head.T))) == leaf.token_ids[n]
+
+
+def test_new_weights_are_marked_on_the_tokens_they_drew():
+    engine = digits.engine()
+    engine.submit(request(digits.prompts(1)[0], group_size=1, root_leaves=1, max_new_tokens=15))
+    engine.step()
+    engine.load_weights(jax.tree.map(lambda x: x * 1.01, to_flat(digits.model())), 7)
+    finished = []
+    while not finished:
+        finished = engine.step()
+    versions = finished[0][1].leaves[0].policy_version
+    assert versions[0] == 0 and versions[-1] == 7 and (np.diff(versions) >= 0).all()
+
+
+def test_what_can_never_fit_is_refused():
+    engine = digits.engine()
+    with pytest.raises(UserError, match="raise sampler.max_response_tokens"):
+        engine.submit(request(digits.prompts(1)[0], max_new_tokens=1000))
+    with pytest.raises(UserError, match="parameter .* is missing"):
+        engine.load_weights({}, 1)

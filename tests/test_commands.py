@@ -1,0 +1,66 @@
+"""Bad input on the command line: one clear line, exit code 2, nothing half-written."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ares_jax.checkpoints.manager import Checkpoints
+
+CONFIG = "--config=configs/digits_cpu.py"
+
+
+def run(*arguments):
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--workdir={}"], "--config is missing"),
+        (["--config=nowhere.py", "--workdir={}"], "nowhere.py: no such file"),
+        ([CONFIG], "--workdir is missing"),
+        ([CONFIG, "--workdir={}", "--config.aepo.windw=3"], "windw"),
+        ([CONFIG, "--workdir={}", "--config.aepo.window=x"], "window"),
+        ([CONFIG, "--workdir={}/train"], "no checkpoint yet; run `python -m ares_jax.cold_start` first"),
+    ],
+)
+def test_one_line_that_names_the_value_and_the_remedy(tmp_path, arguments, message):
+    result = run("ares_jax.train", *[a.format(tmp_path) for a in arguments])
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and len(lines) == 1 and message in lines[0]
+    assert "Traceback" not in result.stderr
+
+
+def test_a_sampler_that_is_not_there(tmp_path):
+    flags = [
+        "--config.sampler.url=http://127.0.0.1:9",
+        "--config.sampler.start_timeout=0.2",
+        "--config.cold_start.warmup_steps=1",
+    ]
+    result = run("ares_jax.cold_start", CONFIG, f"--workdir={tmp_path}", *flags, "--config.cold_start.alignment_steps=1")
+    assert result.returncode == 2 and "cannot be reached" in result.stderr
+
+
+def test_a_truncated_checkpoint_is_named(tmp_path):
+    from ares_jax.errors import UserError
+
+    checkpoints = Checkpoints(tmp_path / "c", keep=3)
+    params = {"a": np.arange(6.0)}
+    for step in (1, 2):
+        checkpoints.save(step, params, params, {"step": step})
+    checkpoints.wait()
+    restored, _, extra = checkpoints.restore(2, params, params)
+    np.testing.assert_array_equal(restored["a"], params["a"])
+    assert extra == {"step": 2}
+    shutil.rmtree(tmp_path / "c" / "2" / "params" / "d", ignore_errors=True)
+    for file in Path(tmp_path / "c" / "2" / "params").rglob("*"):
+        if file.is_file() and "ocdbt.process" in str(file):
+            file.write_bytes(b"")
+    with pytest.raises(UserError, match="c/2 cannot be read .*remove that folder to go on from step 1"):
+        checkpoints.restore_params(2, params)
