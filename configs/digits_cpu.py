@@ -37,7 +37,7 @@ def get_config():
             # A tiny model's entropy is low nearly everywhere: the window quantile finds the few places that are not.
             tau_definition="window_median",
             tau_decay=0.9,
-            # The released reward pays wrong answers for exploring: here it taught long wrong answers (benchmarks/RESULTS.md).
+            # The released reward pays wrong answers for exploring: it taught long wrong answers (benchmarks/RESULTS.md).
             shaping="paper",
         )
     return c

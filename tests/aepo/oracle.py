@@ -1,4 +1,4 @@
-"""A slow float64 NumPy version of AEPO, written from method.md alone: loops and definitions, nothing shared with the code."""
+"""A slow float64 NumPy version of AEPO, written from method.md alone: loops and definitions, no code shared."""
 
 import numpy as np
 

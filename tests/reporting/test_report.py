@@ -16,8 +16,8 @@ def write_run(folder):
         for level, k in (("easy", 270), ("medium", 201), ("hard", 99))
     }
     sample = {
-        "problem_id": "p", "level": "easy", "question": "<b>1</b>?", "answer": "7", "response": "<think>x</think>", "tokens": 5,
-        "correct": True, "image": "data:image/png;base64,AAAA",
+        "problem_id": "p", "level": "easy", "question": "<b>1</b>?", "answer": "7", "tokens": 5,
+        "correct": True, "image": "data:image/png;base64,AAAA", "response": "<think>x</think>",
     }  # fmt: skip
     for name in ("base", "cold_start"):
         result = {"name": name, "split": "test", "temperature": 0.5, "levels": levels, "samples": [sample]}

@@ -1,0 +1,101 @@
+"""All commands in order on a few problems: a killed run resumes, and the export is the model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from ares_jax.metrics import read_jsonl
+from configs.resolved import get_config
+from data_pipeline.tokenizer import load_processors
+
+FLAGS = {
+    "model.text.hidden_size": 64, "model.text.intermediate_size": 96, "model.text.num_layers": 2,
+    "model.text.mrope_section": "(2,3,3)", "data.validation_problems": 6, "data.test_problems": 6, "sampler.slots": 32,
+    "sampler.pages": 500, "sampler.max_response_tokens": 32, "packing.rows": 4, "cold_start.alignment_steps": 2,
+    "cold_start.warmup_steps": 2, "cold_start.pass_rate_problems": 8, "cold_start.pass_rate_samples": 2,
+    "cold_start.selected": 8, "cold_start.epochs": 1, "cold_start.batch_size": 4, "aepo.steps": 3,
+    "aepo.prompts_per_step": 2, "aepo.save_every": 1, "aepo.filter.low": -9.0, "aepo.filter.high": 9.0,
+    "aepo.log_rollouts_every": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run of all commands; `train` is killed once after its first checkpoint and started again."""
+    folder = tmp_path_factory.mktemp("pipeline") / "run"
+    command("cold_start", folder).check_returncode()
+    process = subprocess.Popen(line("train", folder), env=environment(), stderr=subprocess.DEVNULL)
+    while not (folder / "checkpoints" / "aepo" / "1").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for name in ("train", "evaluate", "convert", "report"):
+        result = command(name, folder)
+        assert result.returncode == 0, result.stderr[-2000:]
+    return folder
+
+
+def environment():
+    return {**os.environ, "XLA_FLAGS": ""}
+
+
+def line(name, folder):
+    flags = [f"--config.{key}={value}" for key, value in FLAGS.items()]
+    return [sys.executable, "-m", f"ares_jax.{name}", "--config=configs/digits_cpu.py", f"--workdir={folder}", *flags]
+
+
+def command(name, folder):
+    return subprocess.run(line(name, folder), env=environment(), capture_output=True, text=True)
+
+
+def test_a_killed_run_resumes_without_gaps(workdir):
+    steps = [record["step"] for record in read_jsonl(workdir / "aepo" / "metrics.jsonl")]
+    assert steps == [0, 1, 2, 3]
+    assert {r["step"] for r in read_jsonl(workdir / "aepo" / "rollouts.jsonl")} == {1, 2, 3}
+
+
+def test_a_finished_command_has_nothing_left_to_do(workdir):
+    before = (workdir / "aepo" / "metrics.jsonl").read_text()
+    assert command("train", workdir).returncode == 0
+    assert (workdir / "aepo" / "metrics.jsonl").read_text() == before
+
+
+def test_every_stage_is_evaluated_and_reported(workdir):
+    for name in ("base", "cold_start", "aepo"):
+        levels = json.loads((workdir / "evaluation" / f"{name}.json").read_text())["levels"]
+        assert {level: value["problems"] for level, value in levels.items()} == {"easy": 2, "medium": 2, "hard": 2}
+    page = (workdir / "report.html").read_text()
+    assert page.count("Not yet measured.") == 0 and "cold start" in page
+
+
+def test_the_export_is_the_model(workdir):
+    from ares_jax.models.qwen2_5_vl import VisionInputs
+    from ares_jax.workspace import open_workspace
+    from data_pipeline.vision_layout import vision_layout
+
+    workspace = open_workspace(get_config(str(workdir / "config.json")), workdir)
+    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(workdir / "export").eval()
+    text, pixels = load_processors(workdir / "export")
+    assert pixels.size == workspace.encoder.image_processor.size and len(text) == len(workspace.tokenizer)
+    prompt, ours = workspace.encoder(workspace.problems("test")[2]), workspace.load("aepo")
+    layout = vision_layout(prompt.grid_thw)
+    vision = VisionInputs(prompt.patches[None], layout.position_hw[None], layout.window_ids[None], layout.frame_ids[None])
+    hidden = ours(
+        jnp.array(prompt.token_ids[None]), prompt.positions[None], jnp.ones((1, len(prompt.token_ids)), int), vision
+    )
+    with torch.no_grad():
+        expected = theirs(
+            input_ids=torch.tensor(prompt.token_ids[None]).long(), pixel_values=torch.tensor(prompt.patches),
+            image_grid_thw=torch.tensor(prompt.grid_thw).long(),
+            mm_token_type_ids=torch.tensor(prompt.token_ids[None] == theirs.config.image_token_id).int(),
+        ).logits[0]  # fmt: skip
+    np.testing.assert_allclose((hidden @ ours.head.T)[0], expected, atol=2e-4)
