@@ -11,6 +11,7 @@ from ml_collections import ConfigDict, config_flags
 
 from ares_jax.config import to_plain
 from ares_jax.errors import UserError
+from data_pipeline.errors import DataError
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configuration file, such as configs/digits_cpu.py; --config.section.field=value overrides a field"
@@ -25,7 +26,7 @@ def run(main: Callable[[ConfigDict, Path], None]) -> None:
         config, workdir = _parse(sys.argv)
         prepare_jax(workdir)
         main(config, workdir)
-    except UserError as error:
+    except (UserError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

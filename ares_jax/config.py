@@ -48,6 +48,7 @@ def default_config() -> ConfigDict:
     s.pages = 8192  # pages of the KV cache
     s.decode_steps = 16  # tokens decoded per round trip to the host
     s.prefill_batch = 16  # prompts prefilled together
+    s.kernel = ""  # of the decode step: "tpu" (Pallas) or "xla"; empty: Pallas on a TPU, XLA elsewhere
     s.max_prompt_tokens = 4096  # text and image tokens
     s.max_prompt_patches = 16_384  # pixel patches of one prompt (four a merged vision token)
     s.max_response_tokens = 16_384

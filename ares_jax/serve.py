@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -23,6 +24,7 @@ def make_engine(config: ConfigDict, folder: Path) -> Engine:
         max_slots=s.slots, page_size=s.page_size, num_pages=s.pages, max_prompt_tokens=s.max_prompt_tokens,
         max_prompt_patches=s.max_prompt_patches, max_context_tokens=s.max_prompt_tokens + s.max_response_tokens,
         prefill_batch=s.prefill_batch, decode_steps=s.decode_steps, window=config.aepo.window,
+        kernel=s.kernel or ("tpu" if jax.default_backend() == "tpu" else "xla"),
     )  # fmt: skip
     return Engine(
         with_params(workspace.model, params), options, eos_token_ids=[workspace.tokenizer.eos_token_id],

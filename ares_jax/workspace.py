@@ -48,12 +48,9 @@ class Workspace:
     def problems(self, split: str) -> sources.Source:
         """Returns the problems of "train", "validation" or "test"."""
         d = self.config.data
-        try:
-            return sources.make_source(
-                d.source, split, files=d[f"{split}_files"], size=d[f"{split}_problems"], seed=d.problem_seed
-            )
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        return sources.make_source(
+            d.source, split, files=d[f"{split}_files"], size=d[f"{split}_problems"], seed=d.problem_seed
+        )
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Returns the text of a response, without its end-of-turn token."""

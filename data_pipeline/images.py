@@ -7,6 +7,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from data_pipeline.errors import DataError
+
 
 def to_data_url(image: UInt8[np.ndarray, "H W 3"]) -> str:
     """Returns the image as `data:image/png;base64,...`."""
@@ -16,20 +18,20 @@ def to_data_url(image: UInt8[np.ndarray, "H W 3"]) -> str:
 
 
 def decode_image(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns the RGB pixels of an encoded image. Raises `ValueError` if Pillow cannot read it."""
+    """Returns the RGB pixels of an encoded image. Raises `DataError` if Pillow cannot read it."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"not a readable image ({error})") from None
+        raise DataError(f"not a readable image ({error})") from None
 
 
 def from_data_url(url: str) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns the RGB pixels of a base64 data URL. Raises `ValueError` if it is none."""
+    """Returns the RGB pixels of a base64 data URL. Raises `DataError` if it is none."""
     header, _, payload = url.partition(",")
     if not header.startswith("data:image/") or not header.endswith(";base64"):
-        raise ValueError(f"not an image data URL: {url[:40]!r}; expected data:image/<type>;base64,...")
+        raise DataError(f"not an image data URL: {url[:40]!r}; expected data:image/<type>;base64,...")
     try:
         return decode_image(base64.b64decode(payload, validate=True))
     except ValueError as error:
-        raise ValueError(f"bad image data URL: {error}") from None
+        raise DataError(f"bad image data URL: {error}") from None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
+from data_pipeline.errors import DataError
 from data_pipeline.vision_layout import vision_layout
 
 
@@ -34,7 +35,7 @@ def pack(
       and every extra as [B, T], padded with 0. The patches of a row stand in the order of its image tokens.
 
     Raises:
-      ValueError: a segment alone is larger than a row.
+      DataError: a segment alone is larger than a row.
     """
     plan = plan_rows(
         [len(s.token_ids) for s in segments], [len(s.patches) for s in segments],
@@ -47,14 +48,14 @@ def pack(
 
 
 def plan_rows(tokens: Sequence[int], patches: Sequence[int], *, row_tokens: int, row_patches: int) -> list[list[int]]:
-    """Returns the segments' indices row by row; deterministic. Raises `ValueError` as `pack` does."""
+    """Returns the segments' indices row by row; deterministic. Raises `DataError` as `pack` does."""
     order = sorted(range(len(tokens)), key=lambda i: (-max(tokens[i] / row_tokens, patches[i] / row_patches), i))
     plan: list[list[int]] = []
     free: list[tuple[int, int]] = []
     for index in order:
         need = tokens[index], patches[index]
         if need[0] > row_tokens or need[1] > row_patches:
-            raise ValueError(
+            raise DataError(
                 f"segment {index} has {need[0]} tokens and {need[1]} patches; a row holds {row_tokens} and {row_patches}: "
                 "raise packing.row_tokens or packing.row_patches"
             )

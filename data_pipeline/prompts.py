@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from data_pipeline.errors import DataError
 from data_pipeline.mrope import mrope_positions
 
 
@@ -47,7 +48,7 @@ class PromptEncoder:
         self._image_pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
 
     def __call__(self, problem: Problem) -> Prompt:
-        """Raises `ValueError`, naming the problem and both counts, where placeholders and image features do not match."""
+        """Raises `DataError`, naming the problem and both counts, where placeholders and image features do not match."""
         patches, grid_thw = self._pixels(problem)
         content = [{"type": "image"} for _ in problem.images] + [{"type": "text", "text": problem.question}]
         text = self.tokenizer.apply_chat_template(
@@ -76,7 +77,7 @@ class PromptEncoder:
         places = int((token_ids == self._image_pad).sum())
         if places != len(counts):
             sizes = [image.shape[:2] for image in problem.images]
-            raise ValueError(
+            raise DataError(
                 f"problem {problem.problem_id}: {places} image placeholders for {len(counts)} images of sizes {sizes}; "
                 "an image placeholder must not stand in the question's text"
             )

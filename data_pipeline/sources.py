@@ -10,6 +10,7 @@ import grain
 import numpy as np
 
 from data_pipeline.digits import DigitsSource
+from data_pipeline.errors import DataError
 from data_pipeline.images import decode_image, from_data_url
 from data_pipeline.prompts import Problem
 
@@ -27,14 +28,14 @@ class JsonlSource:
     {"problem_id": str, "source": str, "level": "easy"|"medium"|"hard", "question": str, "answer": str,
      "images": [path, relative to the file, or data URL, or base64], "responses": [teacher traces]}
 
-    `question` and `answer` are required. Raises `ValueError` naming file and line where a line or an image is bad.
+    `question` and `answer` are required. Raises `DataError` naming file and line where a line or an image is bad.
     """
 
     def __init__(self, files: Sequence[str | Path]):
         self._lines: list[tuple[Path, int, str]] = []
         for file in map(Path, files):
             if not file.is_file():
-                raise ValueError(f"{file}: no such file; data.*_files lists JSONL files")
+                raise DataError(f"{file}: no such file; data.*_files lists JSONL files")
             for number, line in enumerate(file.read_text().splitlines(), start=1):
                 if line.strip():
                     self._lines.append((file, number, line))
@@ -49,7 +50,7 @@ class JsonlSource:
             record = json.loads(line)
             question, answer = str(record["question"]), str(record["answer"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{place}: needs an object with question and answer ({error!r})") from None
+            raise DataError(f"{place}: needs an object with question and answer ({error!r})") from None
         images = tuple(_read_image(image, file.parent, place) for image in record.get("images", ()))
         return Problem(
             str(record.get("problem_id", f"{file.stem}-{number}")), str(record.get("source", file.stem)),
@@ -63,9 +64,9 @@ def make_source(name: str, split: str, *, files: Sequence[str] = (), size: int =
         return DigitsSource(split, size, seed)
     if name == "jsonl":
         if not files:
-            raise ValueError(f"data.{split}_files is empty; name the JSONL files of the {split} split")
+            raise DataError(f"data.{split}_files is empty; name the JSONL files of the {split} split")
         return JsonlSource(files)
-    raise ValueError(f"data.source={name!r} is not one of digits, jsonl")
+    raise DataError(f"data.source={name!r} is not one of digits, jsonl")
 
 
 def make_iterator(
@@ -98,7 +99,7 @@ def _read_image(image: str, folder: Path, place: str) -> np.ndarray:
         if path is not None and path.is_file():
             return decode_image(path.read_bytes())
         if path is not None and path.suffix:
-            raise ValueError("no such file")
+            raise DataError("no such file")
         return decode_image(base64.b64decode(image, validate=True))
     except ValueError as error:
-        raise ValueError(f"{place}: image {image[:80]!r}: {error}") from None
+        raise DataError(f"{place}: image {image[:80]!r}: {error}") from None

@@ -37,6 +37,7 @@ class EngineOptions:
     prefill_batch: int
     decode_steps: int  # tokens between two looks of the host
     window: int  # tokens of an entropy window
+    kernel: str = "xla"  # implementation of `kernels.sample_with_entropy`
 
 
 @dataclass
@@ -88,7 +89,7 @@ class Engine:
         self._params = to_flat(model)
         self._programs = Programs(
             model, eos_token_ids=tuple(eos_token_ids), banned=jnp.asarray(banned), trigger=jnp.asarray(trigger_mask),
-            steps=o.decode_steps, page_size=o.page_size,
+            steps=o.decode_steps, page_size=o.page_size, kernel=o.kernel,
         )  # fmt: skip
         self._eos = set(map(int, eos_token_ids))
         self._table_width = -(-o.max_context_tokens // o.page_size)

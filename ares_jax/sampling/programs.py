@@ -46,12 +46,12 @@ class Programs:
 
     def __init__(
         self, model: Qwen25VL, *, eos_token_ids: tuple[int, ...], banned: Bool[Array, "V"], trigger: Bool[Array, "V"],
-        steps: int, page_size: int,
+        steps: int, page_size: int, kernel: str,
     ):  # fmt: skip
         self.prefill = jax.jit(partial(_prefill, model, page_size), donate_argnums=1)
         self.copy_pages = jax.jit(_copy_pages, donate_argnums=0)
         eos = jnp.array(eos_token_ids, jnp.int32)
-        self.decode = jax.jit(partial(_decode, model, eos, banned, trigger, steps), donate_argnums=1)
+        self.decode = jax.jit(partial(_decode, model, eos, banned, trigger, steps, kernel), donate_argnums=1)
 
 
 def _prefill(
@@ -84,6 +84,7 @@ def _decode(
     banned: Bool[Array, "V"],
     trigger: Bool[Array, "V"],
     steps: int,
+    kernel: str,
     params: Any,
     kv_pages: Float[Array, "L N S 2K H"],
     page_table: Int[Array, "B M"],
@@ -99,7 +100,14 @@ def _decode(
         hidden, pages = model.decode(r.token, r.length + r.rope_delta, pages, page_table, r.length)
         keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(r.key), r.place)
         token, log_prob, entropy = sample_with_entropy(
-            hidden, head, keys, temperature=r.temperature, top_k=r.top_k, top_p=r.top_p, banned=banned
+            hidden,
+            head,
+            keys,
+            temperature=r.temperature,
+            top_k=r.top_k,
+            top_p=r.top_p,
+            banned=banned,
+            implementation=kernel,
         )
         ring, mean, complete = window_push(WindowRing(r.ring, r.place), entropy, r.alive)
         tokens = jnp.where(r.alive[:, None], jnp.concatenate([r.ring_tokens[:, 1:], token[:, None]], axis=1), r.ring_tokens)
