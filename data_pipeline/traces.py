@@ -3,8 +3,8 @@
 Every trace has the form *think, derive, conclude*: `<think> ... </think>` and then `\\boxed{answer}`. The styles:
   terse  the running values alone;
   step   every card named and every operation spelled out;
-  check  step by step, then "wait, let me check" and the values again; in one the first pass holds a slip, which the
-         check notices and corrects.
+  check  step by step, then "wait, let me check" and the values again; in some problems one more such trace holds a slip
+         in its first pass, which the check notices and corrects (seldom: a model learns to slip from it, too).
 A trigger word ("first", "second", "so", "wait") stands before each reading of a digit: where a scan is ambiguous, the
 entropy window that starts at that word is high.
 """
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+SLIPS = 0.15  # share of problems with a trace that corrects a slip
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 
 OPERATIONS: dict[str, Callable[[int, int], int]] = {
@@ -36,15 +37,12 @@ def running_values(digits: Sequence[int], operations: Sequence[str]) -> list[int
 def arithmetic_traces(digits: Sequence[int], operations: Sequence[str], rng: np.random.Generator) -> tuple[str, ...]:
     """Returns the traces of a problem that folds `operations` over `digits`."""
     values = running_values(digits, operations)
-    wrong = _slip(digits, operations, int(rng.integers(1, len(digits))), rng)
     derivation, check = _steps(digits, operations, values), " wait, let me check:" + _numbered(values)
-    return _boxed(
-        values[-1],
-        " so" + _spaced(values),
-        derivation,
-        derivation + check + " yes",
-        f"{_steps(digits, operations, wrong)}{check} no, so {values[-1]}",
-    )
+    thoughts = [" so" + _spaced(values), derivation, derivation + check + " yes"]
+    if rng.random() < SLIPS:
+        wrong = _slip(digits, operations, int(rng.integers(1, len(digits))), rng)
+        thoughts.append(f"{_steps(digits, operations, wrong)}{check} no, so {values[-1]}")
+    return _boxed(values[-1], *thoughts)
 
 
 def reading_traces(digits: Sequence[int]) -> tuple[str, ...]:

@@ -141,5 +141,7 @@ def run_server(
 
     # The terminal's Ctrl-C reaches the whole process group; the command that started this sampler stops it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # uvicorn drains on SIGTERM and then raises it again: answered by nothing, so that the process ends with 0.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
     asyncio.run(serve())
     worker.stop()
