@@ -9,10 +9,12 @@ from ml_collections import ConfigDict
 from ares_jax import cli
 from ares_jax.checkpoints.params import with_params
 from ares_jax.sampling import Engine, EngineOptions
+from ares_jax.service.process import die_with
 from ares_jax.service.server import run_server
 from ares_jax.workspace import open_workspace
 
 _READY_FILE = flags.DEFINE_string("ready_file", None, "written with the address once the service answers")
+_PARENT = flags.DEFINE_integer("parent", 0, "process that started this one; the service ends with it")
 
 
 def make_engine(config: ConfigDict, folder: Path) -> Engine:
@@ -33,6 +35,8 @@ def make_engine(config: ConfigDict, folder: Path) -> Engine:
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
+    if _PARENT.value:
+        die_with(_PARENT.value)
     run_server(
         lambda: make_engine(config, workdir), host=config.sampler.host, port=config.sampler.port,
         model_name=workdir.name, ready_file=Path(_READY_FILE.value) if _READY_FILE.value else None,

@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -46,9 +47,9 @@ def start_sampler(arguments: Sequence[str], *, folder: Path, timeout: float) -> 
     """
     ready, log = folder / "sampler.ready.json", folder / "sampler.log"
     ready.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "ares_jax.serve", *arguments, f"--ready_file={ready}"]
+    command = [sys.executable, "-m", "ares_jax.serve", *arguments, f"--ready_file={ready}", f"--parent={os.getpid()}"]
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=_die_with_parent)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + timeout
     while not ready.exists():
         if process.poll() is not None or time.monotonic() > deadline:
@@ -60,6 +61,9 @@ def start_sampler(arguments: Sequence[str], *, folder: Path, timeout: float) -> 
     return SamplerProcess(process, json.loads(ready.read_text())["url"])
 
 
-def _die_with_parent() -> None:
-    if sys.platform == "linux":  # also when the parent is killed by SIGKILL
+def die_with(parent: int) -> None:
+    """Makes this process get SIGTERM when its parent ends, also if that is killed by SIGKILL (Linux)."""
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it ended before we could ask
+            sys.exit(1)
