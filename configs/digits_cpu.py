@@ -18,11 +18,11 @@ def get_config():
         c.packing.update(rows=24, row_tokens=192, row_patches=80)
         c.cold_start.update(
             alignment_steps=300,
-            warmup_steps=240,
+            warmup_steps=200,
             warmup_learning_rate=2e-3,
             pass_rate_problems=768,
             selected=512,
-            epochs=4,
+            epochs=8,
             batch_size=64,
             learning_rate=1e-3,
         )
