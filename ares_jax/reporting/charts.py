@@ -91,7 +91,7 @@ def entropy_along(record: dict, leaf_index: int) -> Figure:
     axis.set_xticks(list(places), labels, rotation=90, fontsize=7)
     axis.set(ylabel="nats", title=f"step {record['step']}: {record['question']}")
     axis.grid(axis="x", visible=False)
-    axis.legend(loc="upper right")
+    axis.legend(loc="upper left")
     return figure
 
 
