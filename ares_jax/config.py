@@ -96,6 +96,7 @@ def default_config() -> ConfigDict:
     a.difficulty_rule = "paper"  # buckets at 6/8 and 3/8; "released": 2/3 and 1/3
     a.shaping = "released"  # entropy reward: "released", "paper" or "none"
     a.shaping_weight = 0.5  # alpha of the released reward at the start; scale of the paper's
+    a.shaping_cap = 1.0  # largest multiplier lambda_d of the paper's reward
     a.target_decay = 0.9  # EMA of windows per bucket: the target of later iterations
     a.baseline = "grpo"  # or "rloo"
     a.tree = "subtree"  # shared tokens count once, with the mean advantage of the leaves below; or "leaf"

@@ -49,17 +49,19 @@ def paper_entropy_reward(
     mean: Float[Array, "N"],
     variance: Float[Array, "N"],
     scale: float = 1.0,
+    max_multiplier: float = float("inf"),
 ) -> Float[Array, "N"]:
     """Returns -1[wrong] * lambda_d * g_d(delta), the paper's equation with its multiplier repaired.
 
     lambda_d = max(0, (mean - target) / (variance + eps)) with the mean and variance of N in the bucket's present batch;
     with a target of the same batch it would be 0 always, so `target` must come from earlier ones. For hard problems too
-    few windows are the violation, so the numerator's sign is reversed.
+    few windows are the violation, so the numerator's sign is reversed. `max_multiplier` bounds lambda_d: a bucket of a
+    few like leaves has next to no variance, and lambda_d would be in the thousands (seen: a mean reward of -4600).
     """
     d = jnp.asarray(difficulty)
     delta = jnp.asarray(num_windows) - target
     violation = jnp.where(d == HARD, target - mean, mean - target)
-    multiplier = jnp.maximum(0.0, violation / (variance + _EPS))
+    multiplier = jnp.clip(violation / (variance + _EPS), 0.0, max_multiplier)
     excess = jnp.where(d == EASY, jnp.maximum(0.0, delta), jnp.where(d == MEDIUM, jnp.abs(delta), jnp.maximum(0.0, -delta)))
     return jnp.where(jnp.asarray(correct), 0.0, -scale * multiplier * excess)
 

@@ -56,7 +56,11 @@ def score(
     if aepo.shaping == "released":
         shaping = np.asarray(released_entropy_reward(n, target, d, right, state.alpha[d]))
     elif aepo.shaping == "paper":
-        shaping = np.asarray(paper_entropy_reward(n, target, d, right, mean[d], variance[d], scale=aepo.shaping_weight))
+        shaping = np.asarray(
+            paper_entropy_reward(
+                n, target, d, right, mean[d], variance[d], scale=aepo.shaping_weight, max_multiplier=aepo.shaping_cap
+            )
+        )
     elif aepo.shaping == "none":
         shaping = np.zeros(len(n))
     else:

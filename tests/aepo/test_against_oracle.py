@@ -84,6 +84,13 @@ def test_rewards(seed):
     np.testing.assert_allclose(mine, [oracle.paper(*x, 0.3) for x in rows], atol=1e-6)
 
 
+def test_the_multiplier_is_bounded_where_nothing_varies():
+    """Easy, wrong, 3 windows against a target of 1, mean 2, no variance: lambda would be 1e6; bounded at 1 it costs 2."""
+    one = np.ones(1)
+    value = reward.paper_entropy_reward(3 * one, one, np.zeros(1, int), one < 0, 2 * one, 0 * one, max_multiplier=1.0)
+    np.testing.assert_allclose(value, [-2.0])
+
+
 def test_released_reward_by_hand():
     """Easy, target 4: margin max(1, 0.6) = 1. Right with 4: 0. Right with 9: delta 5, huber(4, 2) = 3, 3 / 3 x 0.5 = 0.5.
     Wrong with 4: 0.6 x 0.5 x sat(0) = 0.15, the reward for nothing that method.md points out."""
