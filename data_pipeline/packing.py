@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from data_pipeline.errors import DataError
+from data_pipeline.prompts import Prompt
 from data_pipeline.vision_layout import vision_layout
 
 
@@ -22,6 +23,21 @@ class Segment:
     patches: Float[np.ndarray, "P 1176"]
     grid_thw: Int[np.ndarray, "I 3"]
     extras: Mapping[str, Shaped[np.ndarray, "T"]] = field(default_factory=dict)
+
+
+def response_segment(
+    prompt: Prompt, response: Int[np.ndarray, "N"], extras: Mapping[str, Shaped[np.ndarray, "N"]]
+) -> Segment:
+    """Returns prompt and response as one segment; the extras, given for the response, are 0 on the prompt."""
+    tokens = len(prompt.token_ids)
+    after = np.broadcast_to(np.arange(tokens, tokens + len(response)) + prompt.rope_delta, (3, len(response)))
+    return Segment(
+        np.concatenate([prompt.token_ids, response]).astype(np.int32),
+        np.concatenate([prompt.positions, after], axis=1).astype(np.int32),
+        prompt.patches,
+        prompt.grid_thw,
+        {name: np.concatenate([np.zeros(tokens, value.dtype), value]) for name, value in extras.items()},
+    )
 
 
 def pack(

@@ -14,7 +14,7 @@ from ares_jax.aepo.scoring import ScoredGroup
 from ares_jax.aepo.state import AepoState
 from ares_jax.aepo.tree import token_advantages
 from ares_jax.sampling.trajectory import Trajectory
-from data_pipeline.packing import Segment
+from data_pipeline.packing import Segment, response_segment
 
 
 def inside_windows(starts: Bool[np.ndarray, "N"], window: int) -> Bool[np.ndarray, "N"]:
@@ -62,7 +62,7 @@ def learner_segments(scored: Sequence[ScoredGroup], state: AepoState, aepo: Conf
             "bucket": (own * (s.difficulty + 1)).astype(np.int32),
             "in_window": (own & inside).astype(np.int32),
         }
-        segments.append(_segment(s, leaf.token_ids, extras))
+        segments.append(response_segment(s.prompt, leaf.token_ids, extras))
     return segments
 
 
@@ -72,15 +72,3 @@ def _weights(owned: list[Bool[np.ndarray, "N"]], reduction: str) -> list[Float[n
         row[: len(own)] = own
     weights = np.asarray(reduction_weights(mask, reduction))
     return [row[: len(own)] for row, own in zip(weights, owned, strict=True)]
-
-
-def _segment(s: ScoredGroup, response: np.ndarray, extras: dict[str, np.ndarray]) -> Segment:
-    prompt, tokens = s.prompt, len(s.prompt.token_ids)
-    after = np.broadcast_to(np.arange(tokens, tokens + len(response)) + prompt.rope_delta, (3, len(response)))
-    return Segment(
-        np.concatenate([prompt.token_ids, response]).astype(np.int32),
-        np.concatenate([prompt.positions, after], axis=1).astype(np.int32),
-        prompt.patches,
-        prompt.grid_thw,
-        {name: np.concatenate([np.zeros(tokens, value.dtype), value]) for name, value in extras.items()},
-    )

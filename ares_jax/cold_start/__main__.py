@@ -9,7 +9,7 @@ from ares_jax import cli
 from ares_jax.cold_start.alignment import align_vision
 from ares_jax.cold_start.curation import curate, summary
 from ares_jax.cold_start.pass_rates import candidates, measure_pass_rates
-from ares_jax.cold_start.sft import fine_tune, response_segment
+from ares_jax.cold_start.sft import example, fine_tune
 from ares_jax.metrics import stage, write_json
 from ares_jax.sampling.requests import derive_seed
 from ares_jax.workspace import Workspace, host, open_workspace
@@ -41,11 +41,11 @@ def _warm_up(workspace: Workspace) -> int:
     """A short fine-tuning on traces of any length: the starting model where there is no pretrained one."""
     c, encoder, seed = workspace.config.cold_start, workspace.encoder, workspace.config.seed
 
-    def example(problem: Problem):
+    def teach(problem: Problem):
         trace = derive_seed(seed, "warm-up", problem.problem_id) % len(problem.responses)
-        return response_segment(encoder(problem), encoder.encode_response(problem.responses[trace]))
+        return example(encoder(problem), encoder.encode_response(problem.responses[trace]))
 
-    batches = make_iterator(workspace.problems("train"), example, seed=seed, batch_size=c.batch_size)
+    batches = make_iterator(workspace.problems("train"), teach, seed=seed, batch_size=c.batch_size)
     return fine_tune(
         workspace, "base", lambda: align_vision(workspace, workspace.initial_params(), c.alignment_steps), batches,
         steps=c.warmup_steps, learning_rate=c.warmup_learning_rate,
@@ -55,11 +55,11 @@ def _warm_up(workspace: Workspace) -> int:
 def _fine_tune(workspace: Workspace, selected: list[tuple[int, int]]) -> int:
     c, encoder, problems = workspace.config.cold_start, workspace.encoder, workspace.problems("train")
 
-    def example(choice: tuple[int, int]):
+    def teach(choice: tuple[int, int]):
         problem = problems[choice[0]]
-        return response_segment(encoder(problem), encoder.encode_response(problem.responses[choice[1]]))
+        return example(encoder(problem), encoder.encode_response(problem.responses[choice[1]]))
 
-    batches = make_iterator(selected, example, seed=workspace.config.seed, batch_size=c.batch_size)
+    batches = make_iterator(selected, teach, seed=workspace.config.seed, batch_size=c.batch_size)
     return fine_tune(
         workspace, "cold_start", lambda: workspace.params("base"), batches,
         steps=max(1, c.epochs * len(selected) // c.batch_size), learning_rate=c.learning_rate,

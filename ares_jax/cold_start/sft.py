@@ -16,21 +16,13 @@ from ares_jax.training import Update, initial_state, make_optimizer
 from ares_jax.training.log_probs import token_statistics
 from ares_jax.training.update import Params
 from ares_jax.workspace import Workspace
-from data_pipeline.packing import Segment, pack
+from data_pipeline.packing import Segment, pack, response_segment
 from data_pipeline.prompts import Prompt
 
 
-def response_segment(prompt: Prompt, response: Int[np.ndarray, "N"]) -> Segment:
+def example(prompt: Prompt, response: Int[np.ndarray, "N"]) -> Segment:
     """Returns prompt and response as one segment; the extra `weight` is 1 on the response and 0 on the prompt."""
-    tokens = len(prompt.token_ids)
-    after = np.broadcast_to(np.arange(tokens, tokens + len(response)) + prompt.rope_delta, (3, len(response)))
-    return Segment(
-        np.concatenate([prompt.token_ids, response]).astype(np.int32),
-        np.concatenate([prompt.positions, after], axis=1).astype(np.int32),
-        prompt.patches,
-        prompt.grid_thw,
-        {"weight": np.repeat(np.array([0, 1], np.float32), [tokens, len(response)])},
-    )
+    return response_segment(prompt, response, {"weight": np.ones(len(response), np.float32)})
 
 
 def fine_tune(

@@ -19,11 +19,11 @@ _CSS = """
 body{font:16px/1.5 system-ui,sans-serif;color:#1c2a33;background:#fff;margin:0 auto;max-width:1080px;padding:1rem}
 h1{font-size:1.6rem}h2{font-size:1.2rem;margin-top:2.2rem;border-bottom:1px solid #dde3e7}
 table{border-collapse:collapse}th,td{padding:.3rem .7rem;text-align:left;border-bottom:1px solid #e6eaed}
-.scroll{overflow-x:auto}img.plot{max-width:100%;height:auto}.note{color:#5a6972;font-size:.9rem}
+.scroll{overflow-x:auto}img.plot{width:100%;height:auto}.note{color:#5a6972;font-size:.9rem}
 .tree{overflow-x:auto;border:1px solid #e0e5e8;border-radius:6px;padding:.6rem}.leaf{white-space:pre;margin-bottom:.35rem}
 .leaf code{font:13px/1.6 ui-monospace,monospace}.leaf .name{display:block;font-size:.75rem;color:#5a6972}
 .leaf .right{color:#1d7a5f}.leaf .wrong{color:#a8322b}.w{text-decoration:underline 2px #264653}
-.shared{color:#c9d1d6}.fork{color:#c1443c;font-weight:bold}
+.shared{color:#8b979f}.fork{color:#c1443c;font-weight:bold}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:.8rem}
 .card{border:1px solid #e0e5e8;border-radius:6px;padding:.6rem;overflow-wrap:anywhere}.card p{margin:.2rem 0}
 .card img,.prompt{image-rendering:pixelated;height:56px;max-width:100%;object-fit:contain;object-position:left}
@@ -49,7 +49,12 @@ def build_report(folder: Path) -> Path:
         plt.close(figure)
         (plots / f"{name}.png").write_bytes(buffer.getvalue())
         data = base64.b64encode(buffer.getvalue()).decode()
-        return f'<img class="plot" alt="{escape(name)}" src="data:image/png;base64,{data}">'
+        # On a phone a plot scrolls rather than shrinks beyond reading.
+        width = f"max-width:{110 * figure.get_figwidth():.0f}px;min-width:{65 * figure.get_figwidth():.0f}px"
+        return (
+            f'<div class="scroll"><img class="plot" style="{width}" alt="{escape(name)}" src="data:image/png;base64,{data}">'
+            "</div>"
+        )
 
     record = most_instructive(run)
     sections = [
@@ -68,12 +73,13 @@ def build_report(folder: Path) -> Path:
         ("Time and tokens", _stages(run)),
         ("Configuration", f"<details><summary>show</summary><pre>{_pretty(run.config)}</pre></details>"),
     ]
+    name = escape(folder.resolve().name)  # --workdir=. has a name, too
     body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections)
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>ARES: {escape(folder.name)}</title><style>{_CSS}</style></head>"
-        f"<body><h1>ARES: {escape(folder.name)}</h1>{body}</body></html>"
+        f"<title>ARES: {name}</title><style>{_CSS}</style></head>"
+        f"<body><h1>ARES: {name}</h1>{body}</body></html>"
     )
     path = folder / "report.html"
     write_atomic(path, page)
@@ -84,7 +90,10 @@ def _headline(run: Run) -> str:
     rows = headline_rows(run)
     if not rows:
         return _MISSING
-    return _table(["", *LEVELS], [[label, *cells] for label, cells in rows]) + f'<p class="note">{problems_note(run)}</p>'
+    return (
+        _table(["", *LEVELS], [[label, *cells] for label, cells in rows])
+        + f'<p class="note">{escape(problems_note(run))}</p>'
+    )
 
 
 def _tree(record: dict) -> str:

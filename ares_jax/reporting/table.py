@@ -30,10 +30,16 @@ def branching_sentence(run: Run) -> str:
 
 def problems_note(run: Run) -> str:
     """Returns what the table was measured on."""
-    for evaluation in run.evaluations.values():
+    measured: dict[str, list[str]] = {}  # stages by what they were measured on: one entry, unless the config changed
+    for stage, evaluation in run.evaluations.items():
         counts = ", ".join(f"{level['problems']} {name}" for name, level in evaluation["levels"].items())
-        return f"{evaluation['split']} split, {counts} problems, temperature {evaluation['temperature']}; 95 % intervals."
-    return "Not yet measured."
+        note = f"{evaluation['split']} split, {counts} problems, temperature {evaluation['temperature']}"
+        measured.setdefault(note, []).append(STAGES[stage])
+    if not measured:
+        return "Not yet measured."
+    if len(measured) == 1:
+        return f"{next(iter(measured))}; 95 % intervals."
+    return "; ".join(f"{', '.join(stages)}: {note}" for note, stages in measured.items()) + "; 95 % intervals."
 
 
 def console_table(folder: Path) -> str:

@@ -37,13 +37,13 @@ def tree_html(record: dict) -> str:
 def _leaf(record: dict, index: int, top: float) -> str:
     leaf = record["leaves"][index]
     start = leaf["branch_position"]
-    shared = "".join(leaf["tokens"][:start])
+    shared = _one_line("".join(leaf["tokens"][:start]))
     parts = []
     for at in range(start, len(leaf["tokens"])):
         strength = min(1.0, leaf["entropies"][at] / top)
         mark = " class=w" if leaf["window_mask"][at] else ""
         title = f"entropy {leaf['entropies'][at]:.2f}, window {leaf['window_means'][at]:.2f}"
-        token = escape(leaf["tokens"][at])
+        token = escape(_one_line(leaf["tokens"][at]))
         parts.append(f'<span{mark} style="background:rgba(224,120,62,{strength:.2f})" title="{title}">{token}</span>')
     kind = f"branch of {leaf['parent']}" if leaf["parent"] >= 0 else "root"
     verdict = "right" if leaf["correct"] else "wrong"
@@ -52,3 +52,8 @@ def _leaf(record: dict, index: int, top: float) -> str:
         f'<div class="leaf"><span class="name {verdict}">{index} {kind}, {verdict}, reward {leaf["reward"]:.2f}</span>'
         f"<code>{prefix}{''.join(parts)}</code></div>"
     )
+
+
+def _one_line(text: str) -> str:
+    """Returns `text` with its line breaks drawn: a leaf stays one line, so that a branch stands under its place."""
+    return text.replace("\n", "\u23ce")

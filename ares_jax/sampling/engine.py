@@ -40,7 +40,7 @@ class EngineOptions:
     kernel: str = "xla"  # implementation of `kernels.sample_with_entropy`
 
 
-@dataclass
+@dataclass(eq=False)
 class _Leaf:
     group: "_Group"
     index: int
@@ -54,7 +54,7 @@ class _Leaf:
     columns: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Group:
     number: int
     request: RolloutRequest
@@ -101,6 +101,7 @@ class Engine:
         self._live: list[_Leaf] = []
         self._copies: list[tuple[int, int]] = []
         self._next = 0
+        self._crowded = False  # a group was preempted, and none has left since
         self._totals = collections.Counter(prefilled=0, decoded=0, groups=0, preempted=0, calls=0)
 
     def submit(self, request: RolloutRequest) -> int:
@@ -182,7 +183,8 @@ class Engine:
 
     def _admit_groups(self) -> None:
         o = self.options
-        while self._queue and len(self._live) < o.max_slots:
+        # A preempted group waits for another to leave: let in at once, it would only be prefilled to be preempted again.
+        while self._queue and len(self._live) < o.max_slots and not (self._crowded and self._groups):
             batch: list[_Group] = []
             while self._queue and len(batch) < o.prefill_batch:
                 number, request = self._queue[0]
@@ -305,6 +307,7 @@ class Engine:
     def _preempt(self, group: _Group) -> None:
         """Puts a group back to the head of the queue. It is drawn again from its seed: nothing is lost but time."""
         self._drop(group)
+        self._crowded = True
         self._queue.appendleft((group.number, group.request))
         self._totals["preempted"] += 1
 
@@ -315,6 +318,7 @@ class Engine:
         self._pool.release(group.prompt_pages)
         self._live = [leaf for leaf in self._live if leaf.group is not group]
         del self._groups[group.number]
+        self._crowded = False
 
     def _rows(self, leaves: list[_Leaf], count: int) -> Rows:
         w = self.options.window

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from ares_jax.checkpoints.params import to_flat
-from ares_jax.cold_start.sft import response_segment
+from ares_jax.cold_start.sft import example
 from ares_jax.errors import UserError
 from ares_jax.parallel.sharding import batch_sharding, make_mesh, param_shardings
 from ares_jax.training.log_probs import token_statistics
@@ -16,7 +16,7 @@ from tests import digits
 @pytest.mark.parametrize("data, fsdp, tensor", [(1, 8, 1), (2, 2, 2), (1, 2, 4)])
 def test_the_sharded_forward_is_the_single_device_one(data, fsdp, tensor):
     mesh = make_mesh(data=data, fsdp=fsdp, tensor=tensor)
-    segments = [response_segment(p, np.arange(20, 30, dtype=np.int32)) for p in digits.prompts(8)]
+    segments = [example(p, np.arange(20, 30, dtype=np.int32)) for p in digits.prompts(8)]
     (batch,) = pack(segments, row_tokens=64, row_patches=48, rows=8)
     statistics = jax.jit(token_statistics(digits.model(), np.zeros(digits.VOCABULARY, bool), freeze_vision=False))
     params = to_flat(digits.model())

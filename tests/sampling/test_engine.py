@@ -9,8 +9,9 @@ import pytest
 
 from ares_jax.aepo.windows import validated
 from ares_jax.checkpoints.params import to_flat
-from ares_jax.cold_start.sft import response_segment
+from ares_jax.cold_start.sft import example
 from ares_jax.errors import UserError
+from ares_jax.models.qwen2_5_vl import VisionInputs
 from ares_jax.sampling.requests import rollout_request
 from ares_jax.training.log_probs import token_statistics
 from data_pipeline.packing import pack
@@ -27,7 +28,7 @@ def request(prompt, seed=0, **changes):
 
 def statistics_of(prompt, token_ids, temperature):
     """Log-probs and entropies of a response by one whole forward pass."""
-    segment = response_segment(prompt, token_ids)
+    segment = example(prompt, token_ids)
     (batch,) = pack([segment], row_tokens=len(segment.token_ids), row_patches=48, rows=1)
     banned = jnp.arange(digits.VOCABULARY) >= len(digits.encoder().tokenizer)
     statistics = token_statistics(digits.model(), banned, freeze_vision=False, temperature=temperature)
@@ -96,10 +97,8 @@ def test_greedy_is_the_argmax_of_the_whole_forward():
     leaf = digits.engine().generate([plain])[0].leaves[0]
     banned = np.arange(digits.VOCABULARY) >= len(digits.encoder().tokenizer)
     for n in range(len(leaf.token_ids)):
-        segment = response_segment(prompt, leaf.token_ids[: n + 1])
+        segment = example(prompt, leaf.token_ids[: n + 1])
         (batch,) = pack([segment], row_tokens=len(segment.token_ids), row_patches=48, rows=1)
-        from ares_jax.models.qwen2_5_vl import VisionInputs
-
         vision = VisionInputs(*(batch[f"patch{name}"] for name in ("es", "_positions", "_window_ids", "_frame_ids")))
         hidden = digits.model()(batch["tokens"], batch["positions"], batch["segment_ids"], vision)[0, -2]
         assert int(jnp.argmax(jnp.where(banned, -jnp.inf, hidden @ digits.model().head.T))) == leaf.token_ids[n]

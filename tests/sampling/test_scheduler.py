@@ -1,0 +1,216 @@
+"""The scheduler against a plain recursion, with a model whose cache is the token ids themselves.
+
+The stand-in draws a token from a hash of what it finds in the row's pages. So a page that is freed too early, copied
+wrongly or written to by two leaves changes tokens, and a whole tree of the engine must equal one computed without pages.
+"""
+
+import functools
+import math
+import zlib
+
+import hypothesis.strategies as st
+import jax
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from ares_jax.checkpoints.params import to_flat
+from ares_jax.errors import UserError
+from ares_jax.sampling import Engine, EngineOptions, RolloutRequest
+from ares_jax.sampling.branching import select_branches
+from ares_jax.sampling.programs import Drawn
+from tests import digits
+
+EOS, WINDOW, TAU, STEPS = 0, 2, 0.5, 3
+PAGES, PAGE_SIZE, SLOTS, PROMPT, CONTEXT = 27, 4, 5, 8, 24
+
+
+def draw(context, key, place):
+    """Returns a token below 16 and an entropy in quarters (so that means are exact) from all that may matter."""
+    bits = zlib.crc32(np.array([*context, *key, place], np.int64).tobytes())
+    return (bits & 15), np.float32((bits >> 4 & 3) / 4)
+
+
+@functools.cache
+def leaf_key(seed, index):
+    return tuple(np.asarray(jax.random.key_data(jax.random.fold_in(jax.random.key(seed), index))).tolist())
+
+
+def is_trigger(token):
+    return token % 3 != 1
+
+
+class TokenCache:
+    """Stands in for `Programs`: a page holds token ids."""
+
+    def __init__(self, references):
+        self.references = references
+
+    def prefill(self, params, cache, tokens, positions, segments, vision, pages):
+        for row, segment, table in zip(tokens, segments, pages, strict=True):
+            for slot in np.flatnonzero(segment):
+                cache[table[slot // PAGE_SIZE], slot % PAGE_SIZE] = row[slot]
+        return cache
+
+    def copy_pages(self, cache, source, target):
+        cache[target] = cache[source]
+        return cache
+
+    def decode(self, params, cache, tables, rows):
+        shape = (STEPS, len(rows.token))
+        out = Drawn(*(np.zeros(shape, kind) for kind in (int, np.float32, np.float32, np.float32, bool, bool)))
+        written = [p for r in np.flatnonzero(rows.alive) for p in self.written(tables[r], rows.length[r], rows, r)]
+        assert len(set(written)) == len(written), "two rows write to one page"
+        assert all(page > 0 and self.references(page) == 1 for page in written), "a shared page is written to"
+        for r in np.flatnonzero(rows.alive):
+            token, length, place = rows.token[r], rows.length[r], rows.place[r]
+            ring, ring_tokens = list(rows.ring[r]), list(rows.ring_tokens[r])
+            for k in range(STEPS):
+                cache[tables[r][length // PAGE_SIZE], length % PAGE_SIZE] = token
+                length += 1
+                slots = np.arange(length)
+                token, entropy = draw(cache[tables[r][slots // PAGE_SIZE], slots % PAGE_SIZE], rows.key[r], place)
+                place += 1
+                ring, ring_tokens = ring[1:] + [entropy], ring_tokens[1:] + [token]
+                mean = np.float32(sum(ring) / WINDOW) if place >= WINDOW else np.float32(0)
+                hit = place >= WINDOW and mean >= rows.tau_high[r] and is_trigger(ring_tokens[0])
+                for column, value in zip(out, (token, -entropy, entropy, mean, hit, True), strict=True):
+                    column[k, r] = value
+                if token == EOS or place >= rows.end[r]:
+                    break
+        return cache, rows, out
+
+    @staticmethod
+    def written(table, length, rows, r):
+        last = length + min(STEPS, rows.end[r] - rows.place[r]) - 1
+        return [int(page) for page in table[length // PAGE_SIZE : last // PAGE_SIZE + 1]]
+
+
+def new_engine(pages=PAGES, slots=SLOTS):
+    options = EngineOptions(slots, PAGE_SIZE, pages, PROMPT, 4, CONTEXT, 2, STEPS, WINDOW)
+    nothing = np.zeros(digits.VOCABULARY, bool)
+    engine = Engine(digits.model(), options, eos_token_ids=[EOS], banned=nothing, trigger_mask=nothing)
+    engine._programs = TokenCache(engine._pool.references)
+    engine._kv_pages = np.zeros((pages, PAGE_SIZE), np.int64)
+    return engine
+
+
+def request(length=5, seed=0, group_size=4, root_leaves=2, max_new_tokens=12, tau_high=TAU, per_sequence=2):
+    tokens = (np.arange(length) * 7 + seed) % 16
+    return RolloutRequest(
+        f"{length}/{seed}", tokens.astype(np.int32), np.zeros((0, 1176), np.float32), np.zeros((0, 3), np.int32),
+        np.broadcast_to(np.arange(length), (3, length)), 0, seed, group_size, root_leaves, per_sequence, tau_high,
+        1.0, 1.0, 0, max_new_tokens,
+    )  # fmt: skip
+
+
+def expected_tree(r):
+    """Returns (tokens, window mask, parent, branch position) of every leaf."""
+    leaves = []
+
+    def grow(parent, start):
+        tokens, entropies = ([], []) if parent < 0 else (list(leaves[parent][0][:start]), list(leaves[parent][4][:start]))
+        while len(tokens) < r.max_new_tokens and (not tokens or tokens[-1] != EOS):
+            token, entropy = draw([*r.token_ids, *tokens], leaf_key(r.seed, len(leaves)), len(tokens))
+            tokens.append(token)
+            entropies.append(entropy)
+        means = np.array([sum(entropies[t : t + WINDOW]) / WINDOW for t in range(len(tokens))])
+        means[len(tokens) - WINDOW + 1 :] = 0
+        hits = (means >= r.tau_high) & [is_trigger(token) for token in tokens]
+        hits[max(0, len(tokens) - WINDOW + 1) :] = False
+        leaves.append((tokens, hits, parent, start, entropies, means))
+
+    for _ in range(r.root_leaves):
+        grow(-1, 0)
+    spare = r.group_size - r.root_leaves
+    points = select_branches(
+        [leaf[5] for leaf in leaves], [leaf[1] for leaf in leaves],
+        slots=spare, max_per_sequence=r.max_branches_per_sequence, spacing=WINDOW,
+    )  # fmt: skip
+    for point in [*points, *[(-1, 0)] * (spare - len(points))]:
+        grow(*point)
+    return leaves
+
+
+def check_group(group, r):
+    expected = expected_tree(r)
+    assert group.problem_id == r.problem_id and len(group.leaves) == r.group_size
+    for leaf, (tokens, hits, parent, start, _, means) in zip(group.leaves, expected, strict=True):
+        assert leaf.token_ids.tolist() == tokens
+        np.testing.assert_array_equal(leaf.window_mask, hits)
+        np.testing.assert_array_equal(leaf.window_means, means)
+        assert (leaf.parent, leaf.branch_position) == (parent, start)
+        assert leaf.finish_reason == ("stop" if tokens[-1] == EOS else "length")
+        assert parent < 0 or expected[parent][1][start]
+
+
+class Scheduler(RuleBasedStateMachine):
+    """Requests come, are cancelled, meet new weights; pages are scarce enough for preemption."""
+
+    def __init__(self):
+        super().__init__()
+        self.engine = new_engine()
+        self.open, self.version = {}, 0
+
+    @rule(
+        length=st.integers(1, PROMPT), seed=st.integers(0, 4), roots=st.integers(1, 4), more=st.integers(0, 2),
+        new=st.integers(1, CONTEXT - PROMPT), branching=st.booleans(), per_sequence=st.integers(0, 3),
+    )  # fmt: skip
+    def submit(self, length, seed, roots, more, new, branching, per_sequence):
+        tau = TAU if branching else math.inf
+        r = request(length, seed, roots + more, roots, new, tau, per_sequence)
+        try:
+            self.open[self.engine.submit(r)] = r
+        except UserError as error:  # the largest trees need more pages than there are
+            assert "cache pages" in str(error)
+
+    @rule(times=st.integers(1, 3))
+    def step(self, times):
+        for _ in range(times):
+            for number, group in self.engine.step():
+                check_group(group, self.open.pop(number))
+                for leaf in group.leaves:
+                    assert (np.diff(leaf.policy_version) >= 0).all() and leaf.policy_version[-1] <= self.version
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def cancel(self, data):
+        number = data.draw(st.sampled_from(sorted(self.open)))
+        self.engine.cancel(number)
+        del self.open[number]
+
+    @rule()
+    def reload(self):
+        self.version += 1
+        self.engine.load_weights(to_flat(digits.model()), self.version)
+
+    @invariant()
+    def pages_are_counted(self):
+        groups = self.engine._groups.values()
+        held = [p for g in groups for pages in (g.prompt_pages, *(leaf.pages for leaf in g.leaves)) for p in pages]
+        assert all(self.engine._pool.references(page) == held.count(page) for page in range(1, PAGES))
+        assert self.engine._pool.free == PAGES - 1 - len(set(held))
+        assert len(self.engine._live) <= SLOTS
+
+    def teardown(self):
+        for _ in range(400):
+            self.step(1)
+            self.pages_are_counted()
+        assert not self.open and not self.engine.busy  # all were served, each once (a second answer is a KeyError)
+        assert self.engine._pool.free == PAGES - 1
+
+
+TestScheduler = Scheduler.TestCase
+TestScheduler.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+
+
+@pytest.mark.parametrize(("pages", "slots"), [(400, 64), (400, 3), (30, 64), (30, 1)])
+def test_trees_are_the_same_whatever_the_room(pages, slots):
+    engine = new_engine(pages, slots)
+    requests = [request(length=1 + i % PROMPT, seed=i, group_size=1 + i % 5, root_leaves=1 + i % 3 % (1 + i % 5)) for i in range(20)]
+    for r, group in zip(requests, engine.generate(requests), strict=True):
+        check_group(group, r)
+    assert engine._pool.free == pages - 1
+    stats = engine.stats()
+    print(pages, slots, {k: stats[k] for k in ("prefilled", "decoded", "preempted", "calls")})
