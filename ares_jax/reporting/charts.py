@@ -101,7 +101,7 @@ def entropy_along(record: dict, leaf_index: int) -> Figure:
         axis.axvline(at, color=_ACCENT, lw=2.5, alpha=0.6)
         axis.annotate("branch", (at, 1), xycoords=("data", "axes fraction"), rotation=90, ha="right", va="top", fontsize=8)
     if len(places) <= _MOST_LABELS:
-        labels = [_plain(token).strip() or "␣" for token in leaf["tokens"]]
+        labels = [_plain(token.strip()[:16]) or "␣" for token in leaf["tokens"]]
         axis.set_xticks(list(places), labels, rotation=90, fontsize=7)
     else:
         axis.set_xlabel("response token")
