@@ -20,7 +20,7 @@ from data_pipeline.packing import Segment, response_segment
 def inside_windows(starts: Bool[np.ndarray, "N"], window: int) -> Bool[np.ndarray, "N"]:
     """Returns which tokens lie in a window that starts at one of `starts`."""
     inside = np.zeros(len(starts), bool)
-    for offset in range(window):
+    for offset in range(min(window, len(starts))):
         inside[offset:] |= starts[: len(starts) - offset]
     return inside
 
@@ -49,11 +49,12 @@ def learner_segments(scored: Sequence[ScoredGroup], state: AepoState, aepo: Conf
         owned += mine
     weights = _weights(owned, aepo.reduction)
     tau = float(np.nan_to_num(state.tau_high))
+    rho = aepo.kl.rho if aepo.kl.dynamic else 1.0
     segments = []
     for (s, leaf, value), own, weight in zip(leaves, owned, weights, strict=True):
         inside = inside_windows(leaf.window_mask, aepo.window)
         bonus = np.asarray(token_bonus(leaf.window_means, leaf.window_mask, tau, aepo.entropy_bonus))
-        beta = np.asarray(token_weights(state.kappa, np.full(len(own), s.difficulty), inside, aepo.kl.rho))
+        beta = np.asarray(token_weights(state.kappa, np.full(len(own), s.difficulty), inside, rho))
         extras = {
             "weight": weight.astype(np.float32),
             "advantage": (own * (value + bonus)).astype(np.float32),

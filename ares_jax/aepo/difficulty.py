@@ -1,7 +1,8 @@
 """Difficulty of a prompt, from how many of its leaves are right (App. G of the paper)."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Int
+
+from ares_jax.aepo.namespace import namespace
 
 EASY, MEDIUM, HARD = 0, 1, 2
 NAMES = ("easy", "medium", "hard")
@@ -14,5 +15,6 @@ def bucket(num_correct: Int[Array, "..."] | int, group_size: int, rule: str = "p
     if rule not in RULES:
         raise ValueError(f"difficulty_rule={rule!r} is not one of {', '.join(RULES)}")
     easy, medium = (share * group_size - 1e-6 for share in RULES[rule])
-    count = jnp.asarray(num_correct)
-    return jnp.where(count >= easy, EASY, jnp.where(count >= medium, MEDIUM, HARD))
+    xp = namespace(num_correct)
+    count = xp.asarray(num_correct)
+    return xp.where(count >= easy, EASY, xp.where(count >= medium, MEDIUM, HARD))

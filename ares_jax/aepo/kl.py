@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from ares_jax.aepo.namespace import namespace
+
 _CLAMP = 10.0  # of the estimate, nats
 _RATIO_CLAMP = 20.0
 
@@ -24,7 +26,8 @@ def token_weights(
     kappa: Float[Array, "3"], difficulty: Int[Array, "..."], in_window: Bool[Array, "..."], rho: float
 ) -> Float[Array, "..."]:
     """Returns beta_t = kappa_d * rho^m_t: relaxed inside validated windows, full elsewhere."""
-    return jnp.asarray(kappa)[difficulty] * jnp.where(in_window, rho, 1.0)
+    xp = namespace(kappa, difficulty, in_window)
+    return xp.asarray(kappa)[difficulty] * xp.where(in_window, rho, 1.0)
 
 
 def updated_controller(

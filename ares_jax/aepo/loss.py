@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from ares_jax.aepo.namespace import namespace
+
 _LOG_RATIO_CLAMP = 20.0
 
 
@@ -46,22 +48,26 @@ def clipped_surrogate(
 
     `reduction`: "token": mean over all tokens; "seq": mean over the tokens of each row, then over rows that have any.
     """
+    mask = jnp.asarray(mask, bool)
+    # Selected first: a NaN outside the mask would survive in the gradient of a select at the end.
+    log_probs, old_log_probs, advantages = (jnp.where(mask, x, 0.0) for x in (log_probs, old_log_probs, advantages))
     terms, where = surrogate_terms(
         log_probs, old_log_probs, advantages, clip_low=clip_low, clip_high=clip_high, clip_dual=clip_dual
     )
     weights = reduction_weights(mask, reduction)
-    loss = jnp.sum(weights * jnp.where(mask, terms, 0.0))
+    loss = jnp.sum(weights * terms)
     tokens = jnp.maximum(jnp.sum(mask), 1)
     return loss, {f"clip_{name}": jnp.sum(flag & mask) / tokens for name, flag in where.items()}
 
 
 def reduction_weights(mask: Bool[Array, "B T"], reduction: str) -> Float[Array, "B T"]:
     """Returns the weight of every token in the loss; they sum to 1 (to 0 if there is no token)."""
-    count = jnp.sum(mask, axis=1, keepdims=True)
+    xp = namespace(mask)
+    count = xp.sum(mask, axis=1, keepdims=True)
     if reduction == "token":
-        return mask / jnp.maximum(jnp.sum(count), 1)
+        return mask / xp.maximum(xp.sum(count), 1)
     if reduction == "seq":
-        return mask / jnp.maximum(count, 1) / jnp.maximum(jnp.sum(count > 0), 1)
+        return mask / xp.maximum(count, 1) / xp.maximum(xp.sum(count > 0), 1)
     raise ValueError(f"reduction={reduction!r} is not one of token, seq")
 
 

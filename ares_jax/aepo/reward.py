@@ -3,11 +3,10 @@
 N is the number of validated windows of a leaf, the target that of its difficulty bucket; delta = N - target.
 """
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ares_jax.aepo.difficulty import EASY, HARD, MEDIUM
+from ares_jax.aepo.namespace import namespace
 
 # Per bucket: margin factor f, Huber width k, temperature of the saturation, factor c of the cap. From the released code.
 _F, _K, _TEMPERATURE, _CAP = (0.15, 0.25, 0.35), (2.0, 3.0, 4.0), (2.0, 2.5, 3.0), (1.0, 1.0, 1.2)
@@ -23,22 +22,23 @@ def released_entropy_reward(
     alpha: Float[Array, "N"] | float,
 ) -> Float[Array, "N"]:
     """Returns the reward of the authors' released code; `alpha` scales it (method.md, the table of section 3)."""
-    d = jnp.asarray(difficulty)
-    factor, width, temperature, cap = (jnp.asarray(t)[d] for t in (_F, _K, _TEMPERATURE, _CAP))
+    xp = namespace(num_windows, target, difficulty, correct, alpha)
+    d = xp.asarray(difficulty)
+    factor, width, temperature, cap = (xp.asarray(t)[d] for t in (_F, _K, _TEMPERATURE, _CAP))
     cap = cap * alpha
-    delta = jnp.asarray(num_windows) - target
-    margin = jnp.maximum(1.0, factor * jnp.maximum(target, 1.0))
+    delta = xp.asarray(num_windows) - target
+    margin = xp.maximum(1.0, factor * xp.maximum(target, 1.0))
 
     def penalty(excess, share):
-        return -jnp.minimum(cap, share * _huber(excess - margin, width) / (margin + width) * cap)
+        return -xp.minimum(cap, share * _huber(excess - margin, width) / (margin + width) * cap)
 
     def saturated(x):
-        return jax.nn.sigmoid(x / temperature)
+        return 0.5 * (1 + xp.tanh(0.5 * x / temperature))  # the logistic function, without overflow
 
-    wrong = jnp.asarray(_WRONG)[d] * cap * saturated(jnp.maximum(delta - margin, 0.0))
-    hard = jnp.where(delta >= -margin, cap * saturated(delta + margin), penalty(-delta, 0.5))
-    right = jnp.where(d == EASY, penalty(delta, 1.0), jnp.where(d == MEDIUM, penalty(jnp.abs(delta), 1.0), hard))
-    return jnp.where(jnp.asarray(correct), right, wrong)
+    wrong = xp.asarray(_WRONG)[d] * cap * saturated(xp.maximum(delta - margin, 0.0))
+    hard = xp.where(delta >= -margin, cap * saturated(delta + margin), penalty(-delta, 0.5))
+    right = xp.where(d == EASY, penalty(delta, 1.0), xp.where(d == MEDIUM, penalty(xp.abs(delta), 1.0), hard))
+    return xp.where(xp.asarray(correct), right, wrong)
 
 
 def paper_entropy_reward(
@@ -58,20 +58,23 @@ def paper_entropy_reward(
     few windows are the violation, so the numerator's sign is reversed. `max_multiplier` bounds lambda_d: a bucket of a
     few like leaves has next to no variance, and lambda_d would be in the thousands (seen: a mean reward of -4600).
     """
-    d = jnp.asarray(difficulty)
-    delta = jnp.asarray(num_windows) - target
-    violation = jnp.where(d == HARD, target - mean, mean - target)
-    multiplier = jnp.clip(violation / (variance + _EPS), 0.0, max_multiplier)
-    excess = jnp.where(d == EASY, jnp.maximum(0.0, delta), jnp.where(d == MEDIUM, jnp.abs(delta), jnp.maximum(0.0, -delta)))
-    return jnp.where(jnp.asarray(correct), 0.0, -scale * multiplier * excess)
+    xp = namespace(num_windows, target, difficulty, correct, mean, variance)
+    d = xp.asarray(difficulty)
+    delta = xp.asarray(num_windows) - target
+    violation = xp.where(d == HARD, target - mean, mean - target)
+    multiplier = xp.clip(violation / (variance + _EPS), 0.0, max_multiplier)
+    excess = xp.where(d == EASY, xp.maximum(0.0, delta), xp.where(d == MEDIUM, xp.abs(delta), xp.maximum(0.0, -delta)))
+    return xp.where(xp.asarray(correct), 0.0, -scale * multiplier * excess)
 
 
 def updated_alpha(alpha: Float[Array, "3"], mean: Float[Array, "3"], target: Float[Array, "3"]) -> Float[Array, "3"]:
     """Returns the scale per bucket, moved by 0.05 x (mean - target) and kept within 0 and 2; NaN means no leaf: kept."""
-    moved = jnp.clip(alpha + 0.05 * (mean - target), 0.0, 2.0)
-    return jnp.where(jnp.isnan(moved), alpha, moved)
+    xp = namespace(alpha, mean, target)
+    moved = xp.clip(alpha + 0.05 * (mean - target), 0.0, 2.0)
+    return xp.where(xp.isnan(moved), alpha, moved)
 
 
 def _huber(x, width):
-    x = jnp.maximum(x, 0.0)
-    return jnp.where(x <= width, x**2 / (2 * width), x - width / 2)
+    xp = namespace(x)
+    x = xp.maximum(x, 0.0)
+    return xp.where(x <= width, x**2 / (2 * width), x - width / 2)

@@ -12,12 +12,11 @@ TRANSITIONS = (
 )  # fmt: skip
 INITIATORS = (
     "again", "assume", "assuming", "because", "check", "compare", "compute", "consider", "consequently", "count", "double",
-    "eighth",    "estimate", "examine", "fifth", "finally", "first", "fourth", "given", "guess", "hence", "hmm", "hold",
-    "if", "imagine", "indeed", "let",
-    "likely", "look", "looking", "maybe", "notice", "observe", "oh", "okay", "perhaps", "possibly", "probably", "recall",
-    "recheck", "reconsider", "remember", "second", "see", "seems", "seventh", "since", "sixth", "so",
-    "start", "step", "suppose", "sure",
-    "therefore", "think", "third", "thus", "try", "verify", "wait", "what", "when", "whether", "which", "why",
+    "eighth", "estimate", "examine", "fifth", "finally", "first", "fourth", "given", "guess", "hence", "hmm", "hold", "if",
+    "imagine", "indeed", "let", "likely", "look", "looking", "maybe", "notice", "observe", "oh", "okay", "perhaps",
+    "possibly", "probably", "recall", "recheck", "reconsider", "remember", "second", "see", "seems", "seventh", "since",
+    "sixth", "so", "start", "step", "suppose", "sure", "therefore", "think", "third", "thus", "try", "verify", "wait",
+    "what", "when", "whether", "which", "why",
 )  # fmt: skip
 WORDS = frozenset(TRANSITIONS + INITIATORS)
 

@@ -19,7 +19,7 @@ from ares_jax.errors import UserError
 from ares_jax.models.qwen2_5_vl import Qwen25VL, VisionInputs
 from ares_jax.sampling.branching import select_branches
 from ares_jax.sampling.pages import OutOfPages, PagePool
-from ares_jax.sampling.programs import Programs, Rows
+from ares_jax.sampling.programs import Programs, Rows, leaf_keys
 from ares_jax.sampling.trajectory import RolloutGroup, RolloutRequest, Trajectory
 from data_pipeline.vision_layout import vision_layout
 
@@ -101,7 +101,7 @@ class Engine:
         self._live: list[_Leaf] = []
         self._copies: list[tuple[int, int]] = []
         self._next = 0
-        self._crowded = False  # a group was preempted, and none has left since
+        self._leaf_pages = 0.0  # running mean over finished groups: pages a leaf had to itself
         self._totals = collections.Counter(prefilled=0, decoded=0, groups=0, preempted=0, calls=0)
 
     def submit(self, request: RolloutRequest) -> int:
@@ -118,10 +118,11 @@ class Engine:
         for what, value, limit, setting in limits:
             if value > limit:
                 raise UserError(f"problem {request.problem_id}: {value} {what}, the limit is {limit}; raise {setting}")
-        if tokens == 0 or request.group_size < 1 or not 1 <= request.root_leaves <= request.group_size:
+        if min(tokens, request.max_new_tokens) < 1 or not 1 <= request.root_leaves <= request.group_size:
             raise UserError(
-                f"problem {request.problem_id}: {tokens} prompt tokens, group_size={request.group_size}, "
-                f"root_leaves={request.root_leaves}; need a prompt and 1 <= root_leaves <= group_size"
+                f"problem {request.problem_id}: {tokens} prompt tokens, max_new_tokens={request.max_new_tokens}, "
+                f"group_size={request.group_size}, root_leaves={request.root_leaves}; need a prompt, a token to draw and "
+                "1 <= root_leaves <= group_size"
             )
         number, self._next = self._next, self._next + 1
         self._queue.append((number, request))
@@ -183,21 +184,20 @@ class Engine:
 
     def _admit_groups(self) -> None:
         o = self.options
-        # A preempted group waits for another to leave: let in at once, it would only be prefilled to be preempted again.
-        while self._queue and len(self._live) < o.max_slots and not (self._crowded and self._groups):
+        while self._queue and len(self._live) < o.max_slots:
             batch: list[_Group] = []
+            claimed = self._pages_claimed()
             while self._queue and len(batch) < o.prefill_batch:
                 number, request = self._queue[0]
                 wanted = len(self._live) + sum(group.request.root_leaves for group in batch)
                 needed = request.root_leaves * (-(-(len(request.token_ids) + o.decode_steps) // o.page_size) + 1)
-                if wanted >= o.max_slots or (self._groups or batch) and needed > self._pool.free:
+                needed = max(needed, self._pages_expected(request))
+                if wanted >= o.max_slots or self._groups and needed > self._pool.free - claimed:
                     break
                 self._queue.popleft()
                 pages = self._pool.allocate(-(-len(request.token_ids) // o.page_size))
-                leaf_keys = jax.vmap(jax.random.fold_in, (None, 0))(
-                    jax.random.key(request.seed), jnp.arange(request.group_size)
-                )
-                keys = np.asarray(jax.random.key_data(leaf_keys))
+                claimed += needed - len(pages)
+                keys = np.asarray(leaf_keys(jax.random.key(request.seed), request.group_size))
                 group = _Group(number, request, pages, keys)
                 group.waiting.extend([(-1, 0)] * request.root_leaves)
                 batch.append(group)
@@ -206,6 +206,19 @@ class Engine:
                 return
             self._prefill(batch)
             self._admit_leaves()
+
+    def _pages_expected(self, request: RolloutRequest) -> int:
+        """Returns the pages a group takes until its end, if its leaves are as long as those of earlier groups."""
+        return -(-len(request.token_ids) // self.options.page_size) + round(request.group_size * self._leaf_pages)
+
+    def _pages_claimed(self) -> int:
+        """Returns the pages that the admitted groups will still ask for: given away, they would cost a preemption."""
+        groups = self._groups.values()
+        return sum(max(0, self._pages_expected(group.request) - self._pages_held(group)) for group in groups)
+
+    def _pages_held(self, group: _Group) -> int:
+        prompt, size = len(group.request.token_ids), self.options.page_size
+        return len(group.prompt_pages) + sum(len(leaf.pages) - (prompt + leaf.start - 1) // size for leaf in group.leaves)
 
     def _prefill(self, groups: list[_Group]) -> None:
         o, rows = self.options, self.options.prefill_batch
@@ -307,7 +320,6 @@ class Engine:
     def _preempt(self, group: _Group) -> None:
         """Puts a group back to the head of the queue. It is drawn again from its seed: nothing is lost but time."""
         self._drop(group)
-        self._crowded = True
         self._queue.appendleft((group.number, group.request))
         self._totals["preempted"] += 1
 
@@ -318,7 +330,6 @@ class Engine:
         self._pool.release(group.prompt_pages)
         self._live = [leaf for leaf in self._live if leaf.group is not group]
         del self._groups[group.number]
-        self._crowded = False
 
     def _rows(self, leaves: list[_Leaf], count: int) -> Rows:
         w = self.options.window
@@ -391,6 +402,8 @@ class Engine:
         )  # fmt: skip
         delivered = sum(prompt + leaf.count for leaf in group.leaves)
         computed = prompt + sum(leaf.count - leaf.start for leaf in group.leaves)
+        own = (self._pages_held(group) - len(group.prompt_pages)) / len(leaves)
+        self._leaf_pages += (own - self._leaf_pages) / min(self._totals["groups"] + 1, 64)
         self._drop(group)
         self._totals["groups"] += 1
         return RolloutGroup(group.request.problem_id, leaves, prompt, computed, delivered - computed)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from ares_jax.checkpoints.params import with_params
 from ares_jax.models.qwen2_5_vl import Qwen25VL, VisionInputs
@@ -39,6 +39,12 @@ class Drawn(NamedTuple):
     window_mean: Float[Array, "K B"]
     window_hit: Bool[Array, "K B"]
     valid: Bool[Array, "K B"]
+
+
+@partial(jax.jit, static_argnums=1)
+def leaf_keys(root: Key[Array, ""], count: int) -> UInt32[Array, "G 2"]:
+    """Returns the key data of the `count` leaves of a tree. Jitted, as it runs once a prompt."""
+    return jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(root, jnp.arange(count)))
 
 
 class Programs:

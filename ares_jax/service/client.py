@@ -1,9 +1,11 @@
 """The client: spreads groups over the samplers, survives the loss of one, pushes weights to all."""
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import httpx
 import numpy as np
@@ -13,42 +15,55 @@ from ares_jax.errors import UserError
 from ares_jax.sampling.trajectory import RolloutGroup, RolloutRequest
 from ares_jax.service.protocol import decode_group, encode_request
 
-_CHUNK = 64  # groups a request carries: small enough to spread, large enough to fill an engine
+_STREAMS = 2  # requests to a sampler at a time: the next is queued there while the last leaves of one are drawn
+_CHUNK = 64  # groups a request carries, at most: small enough to spread, large enough to fill an engine
+_PIECE = 2**20  # bytes handed to the socket at a time (httpcore copies the rest of a piece at every partial write)
+_CHUNK_BYTES = 64 * 2**20  # of pixels a request carries, at most, unless a single group has more
+_SILENCE = 60.0  # seconds; a sampler at work says so every few
 
 
 class RolloutClient:
-    """Talks to one or several samplers with the same weights. `patience`: seconds without any before giving up."""
+    """Talks to one or several samplers with the same weights. `patience`: seconds without any before giving up.
+
+    `token`: what the samplers ask for; the environment variable ARES_TOKEN by default, as for the samplers themselves.
+    """
 
     def __init__(self, urls: Sequence[str], *, token: str = "", patience: float = 120.0):
+        token = token or os.environ.get("ARES_TOKEN", "")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._clients = [
-            httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(10.0, read=None, write=None)) for url in urls
-        ]
+        self._samplers = [_Sampler(url, headers) for url in urls]
         self._patience = patience
+        self._pushed: tuple[bytes, int] | None = None  # for samplers that come back
 
     def wait_until_ready(self) -> None:
         """Returns once every sampler answers. Raises `UserError` when the patience is over."""
         deadline = time.monotonic() + self._patience
-        for client in self._clients:
-            while True:
-                try:
-                    client.get("/health", timeout=5.0).raise_for_status()
-                    break
-                except httpx.HTTPError as error:
-                    if time.monotonic() > deadline:
-                        raise _unreachable(client, error) from None
-                    time.sleep(0.2)
+        for sampler in self._samplers:
+            while (trouble := sampler.trouble()) is not None:
+                if time.monotonic() > deadline:
+                    raise _unreachable(sampler, trouble)
+                time.sleep(0.2)
 
     def push_weights(self, flat: Mapping[str, np.ndarray], version: int) -> None:
-        """Gives every sampler new weights. Raises `UserError` if one refuses them or cannot be reached."""
+        """Gives every sampler new weights; one that is away gets them when it is back.
+
+        Raises:
+          UserError: one refuses them, or none could be reached for `patience` seconds.
+        """
         body = save({name: np.ascontiguousarray(value) for name, value in flat.items()})
-        for client in self._clients:
-            try:
-                answer = client.put("/v1/weights", params={"version": version}, content=body)
-            except httpx.HTTPError as error:
-                raise _unreachable(client, error) from None
-            if answer.status_code != 200:
-                raise UserError(f"sampler {client.base_url} refused the weights: {_reason(answer)}")
+        deadline = time.monotonic() + self._patience
+        reached = False
+        while not reached:
+            for sampler in self._samplers:
+                try:
+                    sampler.put_weights(body, version)
+                    reached = True
+                except httpx.HTTPError as error:
+                    if not reached and time.monotonic() > deadline:
+                        raise _unreachable(sampler, error) from None
+            if not reached:
+                time.sleep(0.2)
+        self._pushed = body, version
 
     def rollouts(
         self,
@@ -58,83 +73,182 @@ class RolloutClient:
         """Returns the groups in the order of `requests`; `on_group(index, group)` is told of each as it arrives.
 
         Each group is taken exactly once. What a lost sampler had not delivered goes to the others, or to itself when it
-        is back.
+        is back; it is given the weights pushed last before it is asked for anything.
 
         Raises:
           UserError: a request is refused, or no sampler was reachable for `patience` seconds.
         """
-        groups: list[RolloutGroup | None] = [None] * len(requests)
-        todo = list(range(0, len(requests), _CHUNK))
-        chunks = [list(range(start, min(start + _CHUNK, len(requests)))) for start in todo]
-        lock = threading.Lock()
-        failures: list[Exception] = []
-        last_seen = [time.monotonic()]
+        job = _Job(requests, on_group, _chunks(requests, _STREAMS * len(self._samplers)))
+        threads = [
+            threading.Thread(target=self._work, args=(sampler, job), daemon=True)
+            for sampler in self._samplers
+            for _ in range(_STREAMS)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            with job.changed:
+                job.changed.wait_for(lambda: job.over)
+        except BaseException as error:  # Ctrl-C
+            job.fail(error)
+            raise
+        for thread in threads:
+            thread.join(timeout=1.0)  # one may still read a group that came from elsewhere
+        if job.failure is not None:
+            raise job.failure
+        return [job.groups[index] for index in range(len(requests))]
 
-        def take(index: int, group: RolloutGroup) -> None:
-            with lock:
-                last_seen[0] = time.monotonic()
-                if groups[index] is None:
-                    groups[index] = group
-                    on_group(index, group)
+    def _work(self, sampler: "_Sampler", job: "_Job") -> None:
+        while (chunk := job.next_chunk()) is not None:
+            try:
+                sampler.restore(self._pushed)
+                for index, group in sampler.ask([job.requests[index] for index in chunk]):
+                    job.take(chunk[index], group)
+            except httpx.HTTPError as error:
+                job.give_back(chunk)
+                sampler.stale = True
+                if sampler.down_since is None:
+                    sampler.down_since = time.monotonic()
+                if self._all_down():
+                    job.fail(_unreachable(sampler, error))
+                time.sleep(0.2)
+            except Exception as error:
+                job.fail(error)
 
-        def work(client: httpx.Client) -> None:
-            while not failures:
-                with lock:
-                    if not chunks:
-                        return
-                    chunk = chunks.pop()
-                try:
-                    self._ask(client, requests, chunk, take)
-                except httpx.HTTPError as error:
-                    with lock:
-                        missing = [index for index in chunk if groups[index] is None]
-                        if missing:
-                            chunks.append(missing)
-                        if time.monotonic() - last_seen[0] > self._patience:
-                            failures.append(_unreachable(client, error))
-                    time.sleep(0.2)
-                except Exception as error:
-                    failures.append(error)
+    def _all_down(self) -> bool:
+        """Whether no sampler was reachable for `patience` seconds."""
+        now = time.monotonic()
+        since = [sampler.down_since for sampler in self._samplers]  # other threads change them meanwhile
+        return all(start is not None and now - start > self._patience for start in since)
 
-        threads = [threading.Thread(target=work, args=(client,), daemon=True) for client in self._clients]
-        while not failures and any(group is None for group in groups):  # a chunk may come back after its worker ended
-            threads = [threading.Thread(target=work, args=(client,), daemon=True) for client in self._clients]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        if failures:
-            raise failures[0]
-        return [group for group in groups if group is not None]
 
-    def _ask(self, client: httpx.Client, requests, chunk: list[int], take) -> None:
-        body = {"groups": [encode_request(requests[index]) for index in chunk]}
-        with client.stream("POST", "/v1/rollouts", json=body) as answer:
+class _Job:
+    """One call of `rollouts`: what its threads share."""
+
+    def __init__(self, requests: Sequence[RolloutRequest], on_group, chunks: list[list[int]]):
+        self.requests, self._on_group, self._chunks = requests, on_group, chunks
+        self.groups: dict[int, RolloutGroup] = {}
+        self.failure: BaseException | None = None
+        self.changed = threading.Condition()
+
+    @property
+    def over(self) -> bool:
+        return self.failure is not None or len(self.groups) == len(self.requests)
+
+    def next_chunk(self) -> list[int] | None:
+        """Waits for work, which may come back from a sampler that was lost. None: there is no more."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.over or self._chunks)
+            return None if self.over else self._chunks.pop()
+
+    def give_back(self, chunk: list[int]) -> None:
+        """Offers what is still missing of a chunk to the other threads."""
+        with self.changed:
+            if missing := [index for index in chunk if index not in self.groups]:
+                self._chunks.append(missing)
+                self.changed.notify_all()
+
+    def take(self, index: int, group: RolloutGroup) -> None:
+        with self.changed:
+            if index not in self.groups and not self.over:
+                self._on_group(index, group)
+                self.groups[index] = group
+                if self.over:
+                    self.changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        with self.changed:
+            self.failure = self.failure or error
+            self.changed.notify_all()
+
+
+class _Sampler:
+    """The connection to one sampler."""
+
+    def __init__(self, url: str, headers: Mapping[str, str]):
+        self.url = url
+        self.stale = False  # it was lost: it may be a new process with other weights
+        self.down_since: float | None = None
+        self._lock = threading.Lock()
+        timeout = httpx.Timeout(10.0, read=_SILENCE, write=_SILENCE)
+        self._client = httpx.Client(base_url=url, headers=headers, timeout=timeout)
+
+    def trouble(self) -> str | None:
+        """Returns why it is not ready, None if it is."""
+        try:
+            answer = self._client.get("/health", timeout=5.0)
+        except httpx.HTTPError as error:
+            return str(error) or type(error).__name__
+        return None if answer.status_code == 200 else _reason(answer)
+
+    def put_weights(self, body: bytes, version: int) -> None:
+        self.stale = True  # until it has them
+        timeout = httpx.Timeout(10.0, read=600.0, write=_SILENCE)  # they are taken between two steps of the engine
+        answer = self._client.put("/v1/weights", params={"version": version}, timeout=timeout, **_content(body))
+        if answer.status_code != 200:
+            raise UserError(f"sampler {self.url} refused the weights: {_reason(answer)}")
+        self.stale, self.down_since = False, None
+
+    def restore(self, pushed: tuple[bytes, int] | None) -> None:
+        """Gives a sampler that was lost the weights that the others have."""
+        with self._lock:
+            if self.stale and pushed is not None:
+                self.put_weights(*pushed)
+
+    def ask(self, requests: Sequence[RolloutRequest]):
+        """Yields (index, group) as they finish. Raises `httpx.HTTPError` if the sampler is lost before the last."""
+        body = json.dumps({"groups": [encode_request(request) for request in requests]}).encode()
+        with self._client.stream("POST", "/v1/rollouts", **_content(body, "application/json")) as answer:
+            self.down_since = None
             if answer.status_code == 503:
                 raise httpx.ReadError("the sampler's queue is full")
             if answer.status_code != 200:
                 answer.read()
-                raise UserError(f"sampler {client.base_url} refused the rollouts: {_reason(answer)}")
+                raise UserError(f"sampler {self.url} refused the rollouts: {_reason(answer)}")
             count = 0
             for line in answer.iter_lines():
+                if not line:
+                    continue
                 value = json.loads(line)
                 if "error" in value:
-                    raise UserError(f"sampler {client.base_url}: {value['error']}")
-                take(chunk[value["index"]], decode_group(value["group"]))
+                    raise UserError(f"sampler {self.url}: {value['error']}")
+                yield value["index"], decode_group(value["group"])
                 count += 1
-        if count < len(chunk):
-            raise httpx.ReadError(f"the answer ended after {count} of {len(chunk)} groups")
+        if count < len(requests):
+            raise httpx.ReadError(f"the answer ended after {count} of {len(requests)} groups")
 
 
-def _unreachable(client: httpx.Client, error: Exception) -> UserError:
+def _content(body: bytes, kind: str = "application/octet-stream") -> dict[str, Any]:
+    """Returns httpx's arguments to send a body in pieces of known total length."""
+    pieces = (body[start : start + _PIECE] for start in range(0, len(body), _PIECE))
+    return {"content": pieces, "headers": {"Content-Type": kind, "Content-Length": str(len(body))}}
+
+
+def _chunks(requests: Sequence[RolloutRequest], streams: int) -> list[list[int]]:
+    """Returns the indices of `requests`, in portions to be taken from the end."""
+    most = min(_CHUNK, -(-len(requests) // streams))
+    chunks: list[list[int]] = []
+    size = 0
+    for index, request in enumerate(requests):
+        size += request.patches.nbytes
+        if not chunks or len(chunks[-1]) == most or size > _CHUNK_BYTES:
+            chunks.append([])
+            size = request.patches.nbytes
+        chunks[-1].append(index)
+    return chunks[::-1]
+
+
+def _unreachable(sampler: _Sampler, error: Exception | str) -> UserError:
+    reason = str(error) or type(error).__name__
     return UserError(
-        f"sampler {client.base_url} cannot be reached ({error or type(error).__name__}); start one with "
+        f"sampler {sampler.url} cannot be reached ({reason}); start one with "
         "`python -m ares_jax.serve`, or leave sampler.url empty and the command starts its own"
     )
 
 
 def _reason(answer: httpx.Response) -> str:
     try:
-        return str(answer.json().get("detail") or answer.json().get("error"))[:300]
-    except ValueError:
+        value = answer.json()
+        return str(value.get("detail") or value.get("error") or value["reason"])[:300]
+    except (ValueError, KeyError, AttributeError):
         return f"HTTP {answer.status_code}"

@@ -55,6 +55,7 @@ def start_sampler(arguments: Sequence[str], *, folder: Path, timeout: float) -> 
         if process.poll() is not None or time.monotonic() > deadline:
             state = f"ended with {process.poll()}" if process.poll() is not None else f"gave no answer in {timeout:.0f} s"
             process.kill()
+            process.wait()
             last = " | ".join(log.read_text().strip().splitlines()[-3:])
             raise UserError(f"the sampler {state}; {log} ends with: {last or 'nothing'}")
         time.sleep(0.05)

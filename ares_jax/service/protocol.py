@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from ares_jax.sampling.trajectory import RolloutGroup, RolloutRequest, Trajectory
 
@@ -26,23 +26,24 @@ class ArrayModel(BaseModel):
 
 
 class GroupModel(BaseModel):
-    """`RolloutRequest` as JSON. An infinite tau_high is null."""
+    """`RolloutRequest` as JSON. An infinite tau_high is null. Integers fit the engine's int32 arrays."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
     problem_id: str
     token_ids: ArrayModel
     patches: ArrayModel
     grid_thw: ArrayModel
     positions: ArrayModel
-    rope_delta: int
+    rope_delta: int = Field(ge=-(2**31), lt=2**31)
     seed: int = Field(ge=0, lt=2**31)
     group_size: int = Field(ge=1, le=1024)
     root_leaves: int = Field(ge=1, le=1024)
-    max_branches_per_sequence: int = Field(ge=0)
+    max_branches_per_sequence: int = Field(ge=0, lt=2**31)
     tau_high: float | None
     temperature: float = Field(ge=0)
     top_p: float = Field(gt=0, le=1)
-    top_k: int = Field(ge=0)
-    max_new_tokens: int = Field(ge=1)
+    top_k: int = Field(ge=0, lt=2**31)
+    max_new_tokens: int = Field(ge=1, lt=2**31)
 
 
 class RolloutsModel(BaseModel):
@@ -85,16 +86,18 @@ def decode_request(model: GroupModel) -> RolloutRequest:
             value[name] = decode_array(value[name], dtype)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-    tokens = len(value["token_ids"]) if value["token_ids"].ndim == 1 else -1
-    expected = {
-        "token_ids": (tokens,), "positions": (3, tokens), "patches": (len(value["patches"]), 1176),
-        "grid_thw": (len(value["grid_thw"]), 3),
-    }  # fmt: skip
+    tokens, patches, images = (
+        value[name].shape[0] if value[name].ndim else -1 for name in ("token_ids", "patches", "grid_thw")
+    )
+    expected = {"token_ids": (tokens,), "positions": (3, tokens), "patches": (patches, 1176), "grid_thw": (images, 3)}
     for name, shape in expected.items():
         if value[name].shape != shape or tokens < 1:
             raise ValueError(f"{name} has shape {list(value[name].shape)}, expected {list(shape)}")
-    if int(value["grid_thw"].prod(axis=1).sum()) != len(value["patches"]):
-        raise ValueError(f"grid_thw counts other than the {len(value['patches'])} patches given")
+    grid = value["grid_thw"]  # the processor merges 2 x 2 patches
+    if (grid < 1).any() or (grid[:, 1:] % 2).any():
+        raise ValueError(f"grid_thw {grid[:8].tolist()}: sides must be positive, height and width even")
+    if (grid > patches).any() or int(grid.prod(axis=1, dtype=np.int64).sum()) != patches:
+        raise ValueError(f"grid_thw counts other than the {patches} patches given")
     value["tau_high"] = math.inf if value["tau_high"] is None else value["tau_high"]
     return RolloutRequest(**value)
 

@@ -9,9 +9,11 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, HTTPException, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
@@ -22,6 +24,7 @@ from ares_jax.service.protocol import RolloutsModel, decode_request, encode_grou
 from ares_jax.service.worker import EngineLike, Worker
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_HEARTBEAT = 10.0  # seconds without a group after which an empty line says that the sampler lives
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Limits:
 
 def make_app(worker: Worker, *, model_name: str, token: str = "", limits: Limits = Limits()) -> FastAPI:
     """Returns the application. With a `token`, every path but /health asks for it as a bearer token."""
-    app = FastAPI(title="ares-jax sampler", docs_url=None, redoc_url=None)
+    app = FastAPI(title="ares-jax sampler", docs_url=None, redoc_url=None, max_body_size=limits.body_bytes)
     in_flight = 0
 
     @app.middleware("http")
@@ -45,6 +48,11 @@ def make_app(worker: Worker, *, model_name: str, token: str = "", limits: Limits
         if int(request.headers.get("content-length") or 0) > limits.body_bytes:
             return JSONResponse({"error": f"the body is larger than {limits.body_bytes} bytes"}, 413)
         return await call_next(request)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError):  # without the arrays it was given
+        places = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:5]]
+        return JSONResponse({"detail": "; ".join(places)}, 422)
 
     @app.get("/health")
     async def health():
@@ -62,7 +70,7 @@ def make_app(worker: Worker, *, model_name: str, token: str = "", limits: Limits
         return PlainTextResponse("\n".join(lines) + "\n")
 
     @app.put("/v1/weights")
-    async def put_weights(version: int, request: Request):
+    async def put_weights(version: Annotated[int, Query(ge=0, lt=2**31)], request: Request):
         body = await request.body()
         try:
             flat = await asyncio.to_thread(load_safetensors, body)
@@ -72,6 +80,8 @@ def make_app(worker: Worker, *, model_name: str, token: str = "", limits: Limits
             await asyncio.wrap_future(worker.load_weights(flat, version))
         except UserError as error:
             raise HTTPException(422, str(error)) from None
+        except RuntimeError as error:  # the engine has failed, or the sampler is stopping
+            raise HTTPException(503, str(error)) from None
         return {"policy_version": version}
 
     @app.post("/v1/rollouts")
@@ -91,7 +101,9 @@ def make_app(worker: Worker, *, model_name: str, token: str = "", limits: Limits
             waiting = {asyncio.wrap_future(future): index for index, future in enumerate(futures)}
             try:
                 while waiting:
-                    done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                    done, _ = await asyncio.wait(waiting, timeout=_HEARTBEAT, return_when=asyncio.FIRST_COMPLETED)
+                    if not done:
+                        yield "\n"
                     for item in done:
                         index, error = waiting.pop(item), item.exception()
                         answer = {"error": str(error)} if error else {"group": encode_group(item.result())}
@@ -126,7 +138,7 @@ def run_server(
             f"sampler.port={port} on {host}: {error.strerror}; stop what listens there, or use --config.sampler.port=0"
         ) from None
     worker = Worker(make_engine())
-    url = f"http://{host}:{listener.getsockname()[1]}"
+    url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     app = make_app(worker, model_name=model_name, token=token)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30))
 
@@ -141,7 +153,8 @@ def run_server(
 
     # The terminal's Ctrl-C reaches the whole process group; the command that started this sampler stops it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # uvicorn drains on SIGTERM and then raises it again: answered by nothing, so that the process ends with 0.
-    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    # uvicorn drains on SIGTERM and then raises it again, which must not keep the process from ending with 0; one that
+    # comes before uvicorn listens for it must not be lost.
+    signal.signal(signal.SIGTERM, lambda number, frame: setattr(server, "should_exit", True))
     asyncio.run(serve())
     worker.stop()

@@ -46,7 +46,7 @@ class Worker:
 
     def rollout(self, request: RolloutRequest) -> Future:
         """Returns a future of the group. It fails with the engine's error if the request does not fit."""
-        future: Future = Future()
+        future = _future()
 
         def submit():
             number = self._engine.submit(request)
@@ -69,7 +69,7 @@ class Worker:
 
     def load_weights(self, flat: Mapping[str, np.ndarray], version: int) -> Future:
         """Returns a future that is done once the engine draws with the new weights; it fails if they do not fit."""
-        future: Future = Future()
+        future = _future()
 
         def load():
             self._engine.load_weights(flat, version)
@@ -94,24 +94,22 @@ class Worker:
     def _run(self) -> None:
         while True:
             idle = self.failure is not None or not self._engine.busy
+            command: Callable[[], None] | None
             try:
                 command = self._commands.get(block=idle)
             except queue.Empty:
-                self._step()
-                continue
+                command = self._step
             if command is None:
                 self._fail("the sampler is stopping")
                 return
-            command()
+            try:
+                command()
+            except Exception as error:  # the engine's state is unknown now: say so to everyone, stay reachable
+                self.failure = f"the engine failed: {error!r}; restart the sampler"
+                self._fail(self.failure)
 
     def _step(self) -> None:
-        try:
-            finished = self._engine.step()
-        except Exception as error:  # the engine's state is unknown now: say so to everyone, stay reachable
-            self.failure = f"the engine failed: {error!r}; restart the sampler"
-            self._fail(self.failure)
-            return
-        for number, group in finished:
+        for number, group in self._engine.step():
             future = self._waiting.pop(number)
             self._numbers.pop(future, None)
             future.set_result(group)
@@ -121,3 +119,10 @@ class Worker:
             future.set_exception(RuntimeError(reason))
         self._waiting.clear()
         self._numbers.clear()
+
+
+def _future() -> Future:
+    """Returns a future that its reader cannot cancel: the engine's thread would fail to set its result."""
+    future: Future = Future()
+    future.set_running_or_notify_cancel()
+    return future

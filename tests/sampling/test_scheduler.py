@@ -12,7 +12,7 @@ import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from ares_jax.checkpoints.params import to_flat
@@ -208,9 +208,80 @@ TestScheduler.settings = settings(max_examples=40, stateful_step_count=25, deadl
 @pytest.mark.parametrize(("pages", "slots"), [(400, 64), (400, 3), (30, 64), (30, 1)])
 def test_trees_are_the_same_whatever_the_room(pages, slots):
     engine = new_engine(pages, slots)
-    requests = [request(length=1 + i % PROMPT, seed=i, group_size=1 + i % 5, root_leaves=1 + i % 3 % (1 + i % 5)) for i in range(20)]
+    sizes = [1 + i % 5 for i in range(20)]
+    requests = [request(1 + i % PROMPT, i, size, 1 + i % 3 % size) for i, size in enumerate(sizes)]
     for r, group in zip(requests, engine.generate(requests), strict=True):
         check_group(group, r)
     assert engine._pool.free == pages - 1
-    stats = engine.stats()
-    print(pages, slots, {k: stats[k] for k in ("prefilled", "decoded", "preempted", "calls")})
+
+
+def test_a_crowded_engine_learns_how_much_to_admit():
+    engine = new_engine(pages=80, slots=64)
+    requests = [request(8, seed, 6, 3, max_new_tokens=16) for seed in range(40)]
+    groups = engine.generate(requests)
+    needed = sum(group.computed_tokens - group.prompt_tokens for group in groups)
+    assert engine.stats()["preempted"] <= len(requests) // 2
+    assert engine.stats()["decoded"] <= 1.3 * needed
+
+
+def test_branching_costs_the_new_tokens_only():
+    group = new_engine(pages=400).generate([request(seed=1, group_size=6, max_new_tokens=16)])[0]
+    assert group.branches > 0
+    delivered = sum(len(leaf.token_ids) for leaf in group.leaves)
+    shared = sum(leaf.branch_position for leaf in group.leaves)
+    assert group.computed_tokens == group.prompt_tokens + delivered - shared
+    assert group.shared_tokens == (len(group.leaves) - 1) * group.prompt_tokens + shared
+
+
+def test_cancelled_requests_leave_nothing_behind():
+    engine = new_engine()
+    numbers = [engine.submit(request(seed=seed)) for seed in range(4)]
+    engine.step()
+    for number in (numbers[0], numbers[3], 1000):
+        engine.cancel(number)
+    finished = []
+    while engine.busy:
+        finished += engine.step()
+    assert sorted(number for number, _ in finished) == numbers[1:3]
+    assert engine._pool.free == PAGES - 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(max_new_tokens=0), "max_new_tokens=0"),
+        (dict(length=0), "need a prompt"),
+        (dict(root_leaves=5), "root_leaves=5"),
+        (dict(root_leaves=0), "root_leaves=0"),
+        (dict(length=9), "the limit is 8; raise sampler.max_prompt_tokens"),
+        (dict(max_new_tokens=20), "the limit is 24; raise sampler.max_response_tokens"),
+        (dict(group_size=6, max_new_tokens=16), "the limit is 26; raise sampler.pages"),
+    ],
+)
+def test_impossible_requests_are_refused_with_the_limit(changes, words):
+    with pytest.raises(UserError, match=words):
+        new_engine().submit(request(**changes))
+
+
+@given(
+    st.lists(st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=8), min_size=1, max_size=3),
+    st.integers(0, 5), st.integers(0, 3), st.integers(1, 4),
+)  # fmt: skip
+def test_branches_are_what_taking_the_best_legal_window_again_and_again_gives(windows, slots, per_sequence, spacing):
+    means = [np.array([mean for mean, _ in leaf], np.float32) for leaf in windows]
+    masks = [np.array([mask for _, mask in leaf], bool) for leaf in windows]
+    best: list[tuple[int, int]] = []
+    while len(best) < slots:
+        legal = [
+            (leaf, t)
+            for leaf in range(len(windows))
+            for t in range(1, len(windows[leaf]))
+            if masks[leaf][t]
+            and sum(other == leaf for other, _ in best) < per_sequence
+            and not any(other == leaf and abs(t - p) < spacing for other, p in best)
+        ]
+        if not legal:
+            break
+        best.append(max(legal, key=lambda point: (means[point[0]][point[1]], -point[0], -point[1])))
+    chosen = select_branches(means, masks, slots=slots, max_per_sequence=per_sequence, spacing=spacing)
+    assert chosen == best

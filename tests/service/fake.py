@@ -77,8 +77,11 @@ class FakeEngine:
         return {"live": len(self.work), "groups": len(self.submitted)}
 
 
+_LIMITS = Limits()
+
+
 @contextlib.contextmanager
-def serving(engine: FakeEngine, *, token: str = "", limits: Limits = Limits()):
+def serving(engine: FakeEngine, *, token: str = "", limits: Limits = _LIMITS):
     """Yields the address of a server in a thread."""
     worker = Worker(engine)
     app = make_app(worker, model_name="fake", token=token, limits=limits)

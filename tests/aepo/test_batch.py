@@ -1,0 +1,85 @@
+"""The learner's segments against the definitions, on random trees that no model drew."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ares_jax.aepo.batch import inside_windows, learner_segments
+from ares_jax.aepo.scoring import ScoredGroup
+from ares_jax.aepo.state import initial_state
+from ares_jax.config import default_config
+from ares_jax.sampling.trajectory import RolloutGroup, Trajectory
+from data_pipeline.prompts import Prompt
+
+_SPEC = importlib.util.spec_from_file_location("oracle", Path(__file__).parent / "oracle.py")
+oracle = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(oracle)
+PROMPT = Prompt(
+    "p", "s", "easy", "?", "1", (), np.arange(3, dtype=np.int32), np.zeros((0, 1176), np.float32),
+    np.zeros((0, 3), np.int32), np.zeros((3, 3), np.int32), 0,
+)  # fmt: skip
+
+
+def random_group(rng):
+    roots = int(rng.integers(1, 4))
+    shapes = [(int(n), -1, 0) for n in rng.integers(1, 12, roots)]
+    for _ in range(int(rng.integers(0, 4))):
+        parent = int(rng.integers(roots))
+        if shapes[parent][0] > 1:
+            start = int(rng.integers(1, shapes[parent][0]))
+            shapes.append((start + int(rng.integers(1, 9)), parent, start))
+    leaves = tuple(
+        Trajectory(
+            rng.integers(0, 9, n), -rng.random(n), rng.random(n), rng.random(n), rng.random(n) < 0.2,
+            np.zeros(n, int), parent, start, "stop",
+        )
+        for n, parent, start in shapes
+    )  # fmt: skip
+    rewards = rng.normal(size=len(leaves)) if rng.random() < 0.7 else np.full(len(leaves), 0.3)
+    correct = rng.random(len(leaves)) < 0.5
+    windows = np.array([leaf.window_mask.sum() for leaf in leaves])
+    return ScoredGroup(PROMPT, RolloutGroup("p", leaves, 3, 0, 0), int(rng.integers(3)), correct, windows, rewards)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from(["token", "seq"]), st.booleans(), st.sampled_from([1, 4, 8]))
+def test_segments(seed, reduction, dynamic, window):
+    rng = np.random.default_rng(seed)
+    aepo = default_config().aepo
+    aepo.reduction, aepo.kl.dynamic, aepo.window, aepo.entropy_bonus = reduction, dynamic, window, 0.2
+    groups = [random_group(rng) for _ in range(int(rng.integers(1, 4)))]
+    state = initial_state(aepo)._replace(tau_high=np.array(0.4), kappa=np.array([0.1, 0.2, 0.3]))
+    segments = learner_segments(groups, state, aepo)
+
+    leaves = [(g, leaf) for g in groups for leaf in g.group.leaves]
+    assert len(segments) == len(leaves)
+    expected = []
+    for g in groups:
+        values = oracle.advantages(g.rewards, [0] * len(g.rewards), "grpo")
+        shapes = [(len(x.token_ids), x.parent, x.branch_position) for x in g.group.leaves]
+        expected += list(zip(*oracle.subtree_advantages(*zip(*shapes, strict=True), values), strict=True))
+    tokens = sum(int(own.sum()) for _, own in expected)
+    for segment, (g, leaf), (values, own) in zip(segments, leaves, expected, strict=True):
+        got = {name: x[3:] for name, x in segment.extras.items()}
+        assert all((x[:3] == 0).all() for x in segment.extras.values())
+        assert segment.token_ids.tolist() == [0, 1, 2, *leaf.token_ids.tolist()]
+        for t in range(len(own)):
+            inside = any(leaf.window_mask[max(0, t - window + 1) : t + 1])
+            bonus = 0.2 * np.log1p(max(0, leaf.window_means[t] - 0.4)) if leaf.window_mask[t] else 0
+            weight = 1 / tokens if reduction == "token" else 1 / own.sum() / len(leaves)
+            beta = state.kappa[g.difficulty] * (0.5 if inside and dynamic else 1)
+            mine = [got[k][t] for k in ("weight", "advantage", "old_log_prob", "kl_weight", "bucket", "in_window")]
+            truth = [weight, values[t] + bonus, leaf.log_probs[t], beta, g.difficulty + 1, inside]
+            np.testing.assert_allclose(mine, np.array(truth) if own[t] else 0, atol=2e-6)
+    np.testing.assert_allclose(sum(s.extras["weight"].sum() for s in segments), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", range(10))
+def test_a_window_longer_than_the_response(length):
+    starts = np.zeros(length, bool)
+    starts[:1] = True
+    assert inside_windows(starts, 8).tolist() == [t < 8 for t in range(length)]

@@ -1,0 +1,176 @@
+"""The client over samplers that are away, die, come back, or are slow."""
+
+import signal
+import socket
+import threading
+import time
+
+import httpx
+import numpy as np
+import pytest
+
+from ares_jax.errors import UserError
+from ares_jax.service.client import RolloutClient
+from ares_jax.service.server import Limits
+from tests.service import fake
+from tests.service.test_server import start
+
+DEAD = "http://127.0.0.1:9"
+
+
+def requests(count):
+    return [fake.request(seed, leaves=2, tokens=5) for seed in range(count)]
+
+
+def ids(groups):
+    return [int(group.problem_id[1:]) for group in groups]
+
+
+def dying(seconds):
+    """Returns the address of what accepts connections, says nothing, and disappears."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def run():
+        end, accepted = time.monotonic() + seconds, []
+        while time.monotonic() < end:
+            listener.settimeout(max(0.01, end - time.monotonic()))
+            try:
+                accepted.append(listener.accept()[0])
+            except TimeoutError:
+                break
+        for connection in [*accepted, listener]:
+            connection.close()
+
+    threading.Thread(target=run, daemon=True).start()
+    return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_groups_come_in_order_and_each_is_told_once():
+    with fake.serving(fake.FakeEngine()) as a, fake.serving(fake.FakeEngine()) as b:
+        seen = []
+        groups = RolloutClient([a, b]).rollouts(requests(300), on_group=lambda i, group: seen.append((i, group.problem_id)))
+        assert RolloutClient([a]).rollouts([]) == []
+    assert ids(groups) == list(range(300))
+    assert sorted(seen) == [(i, f"p{i}") for i in range(300)]
+    want = fake.group(requests(300)[123])
+    assert all(np.array_equal(x.token_ids, y.token_ids) for x, y in zip(groups[123].leaves, want.leaves, strict=True))
+
+
+def test_few_groups_are_spread_too():
+    engines = [fake.FakeEngine(delay=0.05, slots=1), fake.FakeEngine(delay=0.05, slots=1)]
+    with fake.serving(engines[0]) as a, fake.serving(engines[1]) as b:
+        RolloutClient([a, b]).rollouts(requests(16))
+    assert [len(engine.submitted) for engine in engines] == [8, 8]
+
+
+def test_the_next_request_waits_at_the_sampler_before_the_last_is_done():
+    engine = fake.FakeEngine(delay=0.02, slots=8)
+    with fake.serving(engine) as url:
+        queued = []
+        RolloutClient([url]).rollouts(requests(256), on_group=lambda i, group: queued.append(len(engine.work)))
+    assert min(queued[:180]) > 0  # the engine never runs dry between two requests
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_a_lost_sampler_held_goes_to_one_that_is_idle_already(first):
+    with fake.serving(fake.FakeEngine()) as alive:
+        lost = dying(0.7)
+        groups = RolloutClient([lost, alive] if first else [alive, lost], patience=30).rollouts(requests(100))
+    assert ids(groups) == list(range(100))
+
+
+def test_a_dead_sampler_does_not_end_the_work_of_a_slow_one():
+    with fake.serving(fake.FakeEngine(delay=1.5)) as url:
+        assert ids(RolloutClient([url, DEAD], patience=0.3).rollouts(requests(6))) == list(range(6))
+
+
+def test_a_sampler_that_falls_silent_is_given_up(monkeypatch):
+    monkeypatch.setattr("ares_jax.service.client._SILENCE", 0.5)
+    monkeypatch.setattr("ares_jax.service.server._HEARTBEAT", 0.1)
+    with fake.serving(fake.FakeEngine(delay=1.2)) as url:  # slower than the silence, but it shows that it lives
+        assert ids(RolloutClient([url, dying(60)]).rollouts(requests(8))) == list(range(8))
+
+
+def test_a_sampler_killed_and_restarted_gets_its_weights_back(tmp_path):
+    process, url = start(tmp_path, delay=0.02)
+    client, seen = RolloutClient([url]), []
+    client.push_weights({"w": np.ones((3, 2), np.float32)}, 7)
+    again = []
+
+    def on_group(index, group):
+        seen.append(index)
+        if len(seen) == 10:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            again.append(start(tmp_path, delay=0.01, port=int(url.rsplit(":", 1)[1]))[0])
+
+    try:
+        groups = client.rollouts(requests(64), on_group=on_group)
+        assert httpx.get(f"{url}/health").json()["policy_version"] == 7
+    finally:
+        process.kill()
+        for new in again:
+            new.kill()
+    assert again and sorted(seen) == list(range(64)) and ids(groups) == list(range(64))
+    assert {int(v) for group in groups for leaf in group.leaves for v in leaf.policy_version} == {7}
+
+
+def test_weights_reach_all_and_a_sampler_that_is_away_gets_them_later():
+    engines = [fake.FakeEngine(), fake.FakeEngine()]
+    with fake.serving(engines[0]) as a, fake.serving(engines[1]) as b:
+        RolloutClient([a, b]).push_weights({"w": np.full((3, 2), 3, np.float32)}, 4)
+        assert all(engine.policy_version == 4 and (engine.weights["w"] == 3).all() for engine in engines)
+        RolloutClient([DEAD, a]).push_weights({"w": np.ones((3, 2), np.float32)}, 5)
+        assert engines[0].policy_version == 5
+        with pytest.raises(UserError, match=f"{a} refused the weights.*parameter w"):
+            RolloutClient([a]).push_weights({"w": np.ones((1,), np.float32)}, 6)
+    with pytest.raises(UserError, match=f"{DEAD} cannot be reached.*ares_jax.serve"):
+        RolloutClient([DEAD], patience=0.3).push_weights({"w": np.ones((3, 2), np.float32)}, 5)
+
+
+def test_the_callers_error_and_a_refused_request_end_it():
+    def on_group(index, group):
+        raise KeyError("mine")
+
+    with fake.serving(fake.FakeEngine()) as url:
+        with pytest.raises(KeyError, match="mine"):
+            RolloutClient([url]).rollouts(requests(5), on_group=on_group)
+        with pytest.raises(UserError, match="p1: too long"):
+            RolloutClient([url]).rollouts([fake.request(1, tokens=2_000_000)])
+        with pytest.raises(UserError, match="boom"):
+            RolloutClient([url]).rollouts([fake.request(666)])
+        with pytest.raises(UserError, match="boom"):
+            RolloutClient([url], patience=0.3).wait_until_ready()
+    with pytest.raises(UserError, match="cannot be reached"):
+        RolloutClient([DEAD], patience=0.3).rollouts(requests(2))
+
+
+def test_a_full_queue_is_waited_for():
+    with fake.serving(fake.FakeEngine(delay=0.3), limits=Limits(queued_groups=40)) as url:
+        assert ids(RolloutClient([url], patience=0.1).rollouts(requests(64))) == list(range(64))
+
+
+def test_the_token_comes_from_the_environment_as_the_samplers_does(monkeypatch):
+    with fake.serving(fake.FakeEngine(), token="secret") as url:
+        with pytest.raises(UserError, match="missing or wrong token"):
+            RolloutClient([url]).rollouts(requests(1))
+        assert RolloutClient([url], token="secret").rollouts(requests(1))
+        monkeypatch.setenv("ARES_TOKEN", "secret")
+        assert RolloutClient([url]).rollouts(requests(1))
+
+
+def test_the_wire_costs_little():
+    with fake.serving(fake.FakeEngine()) as url:
+        client, work = RolloutClient([url]), [fake.request(seed) for seed in range(32)]
+        flat = {"w": np.ones((3, 2), np.float32), **{f"w{i}": np.ones(150_000, np.float32) for i in range(10)}}
+        seconds = {"rollouts": [], "weights": []}
+        for _ in range(5):
+            begin = time.perf_counter()
+            client.rollouts(work)
+            seconds["rollouts"].append(time.perf_counter() - begin)
+            begin = time.perf_counter()
+            with pytest.raises(UserError):  # sent and parsed whole, then refused: unknown names
+                client.push_weights(flat, 1)
+            seconds["weights"].append(time.perf_counter() - begin)
+    assert min(seconds["rollouts"]) < 0.1  # 32 groups of 8 leaves of 60 tokens
+    assert min(seconds["weights"]) < 0.1  # 6 MB

@@ -1,0 +1,71 @@
+"""The thread that owns the engine: errors, cancellation, and the order of commands."""
+
+import pytest
+
+from ares_jax.errors import UserError
+from ares_jax.service.worker import Worker
+from tests.service import fake
+
+
+@pytest.fixture
+def engine():
+    return fake.FakeEngine(delay=0.02, slots=1)
+
+
+@pytest.fixture
+def worker(engine):
+    worker = Worker(engine)
+    yield worker
+    worker.stop()
+
+
+def test_a_request_that_does_not_fit_fails_alone(worker):
+    good, bad = worker.rollout(fake.request(1)), worker.rollout(fake.request(2, tokens=2_000_000))
+    with pytest.raises(UserError, match="p2: too long"):
+        bad.result(5)
+    assert good.result(5).problem_id == "p1"
+    assert worker.failure is None
+
+
+def test_a_broken_engine_fails_all_and_the_worker_says_why(worker):
+    futures = [worker.rollout(fake.request(seed)) for seed in (1, 2, 666)]
+    for future in futures[1:]:
+        with pytest.raises(RuntimeError, match="boom.*restart the sampler"):
+            future.result(5)
+    for later in (worker.rollout(fake.request(3)), worker.load_weights({}, 1)):
+        with pytest.raises(RuntimeError, match="boom"):
+            later.result(5)
+    assert "boom" in worker.failure
+
+
+def test_a_cancelled_group_leaves_the_engine(worker, engine):
+    futures = [worker.rollout(fake.request(seed)) for seed in range(20)]
+    worker.cancel(futures[3])
+    assert fake.until(lambda: engine.cancelled == [3])
+    assert all(future.result(5) for i, future in enumerate(futures) if i != 3)
+    worker.cancel(futures[0])  # finished long ago: nothing happens
+    assert worker.rollout(fake.request(1)).result(5)
+    assert engine.cancelled == [3] and not futures[3].done()
+
+
+def test_an_engine_that_fails_to_cancel_is_reported(worker, engine):
+    futures = [worker.rollout(fake.request(seed)) for seed in range(20)]
+    engine.cancel = lambda number: 1 / 0
+    worker.cancel(futures[0])
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        futures[1].result(5)
+
+
+def test_a_reader_that_gives_up_does_not_hurt_the_thread(worker):
+    future = worker.rollout(fake.request(1))
+    future.cancel()  # what asyncio does to the future of a cancelled task
+    assert worker.rollout(fake.request(2)).result(5)
+
+
+def test_stopping_fails_what_is_in_flight(engine):
+    engine.delay = 0.2
+    worker = Worker(engine)
+    futures = [worker.rollout(fake.request(seed)) for seed in range(3)]
+    worker.stop()
+    with pytest.raises(RuntimeError, match="stopping"):
+        futures[0].result(5)
