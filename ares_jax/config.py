@@ -97,6 +97,7 @@ def default_config() -> ConfigDict:
     a.shaping = "released"  # entropy reward: "released", "paper" or "none"
     a.shaping_weight = 0.5  # alpha of the released reward at the start; scale of the paper's
     a.shaping_cap = 1.0  # largest multiplier lambda_d of the paper's reward
+    a.easy_excess = 0.5  # of the paper's reward: most that a right answer to an easy problem loses for excess windows
     a.target_decay = 0.9  # EMA of windows per bucket: the target of later iterations
     a.baseline = "grpo"  # or "rloo"
     a.tree = "subtree"  # shared tokens count once, with the mean advantage of the leaves below; or "leaf"

@@ -27,10 +27,10 @@ def released_entropy_reward(
     factor, width, temperature, cap = (xp.asarray(t)[d] for t in (_F, _K, _TEMPERATURE, _CAP))
     cap = cap * alpha
     delta = xp.asarray(num_windows) - target
-    margin = xp.maximum(1.0, factor * xp.maximum(target, 1.0))
+    margin = _margin(target, factor)
 
     def penalty(excess, share):
-        return -xp.minimum(cap, share * _huber(excess - margin, width) / (margin + width) * cap)
+        return _penalty(excess, margin, width, cap, share)
 
     def saturated(x):
         return 0.5 * (1 + xp.tanh(0.5 * x / temperature))  # the logistic function, without overflow
@@ -50,6 +50,7 @@ def paper_entropy_reward(
     variance: Float[Array, "N"],
     scale: float = 1.0,
     max_multiplier: float = float("inf"),
+    easy_excess: float = 0.0,
 ) -> Float[Array, "N"]:
     """Returns -1[wrong] * lambda_d * g_d(delta), the paper's equation with its multiplier repaired.
 
@@ -57,6 +58,9 @@ def paper_entropy_reward(
     with a target of the same batch it would be 0 always, so `target` must come from earlier ones. For hard problems too
     few windows are the violation, so the numerator's sign is reversed. `max_multiplier` bounds lambda_d: a bucket of a
     few like leaves has next to no variance, and lambda_d would be in the thousands (seen: a mean reward of -4600).
+
+    `easy_excess`: what a right but wavering answer to an easy problem loses at most, which the equation never takes but
+    the paper's case study does (target 28: 0 at 20 windows, -0.5 at 51: the released penalty, with a cap of 0.5).
     """
     xp = namespace(num_windows, target, difficulty, correct, mean, variance)
     d = xp.asarray(difficulty)
@@ -64,7 +68,8 @@ def paper_entropy_reward(
     violation = xp.where(d == HARD, target - mean, mean - target)
     multiplier = xp.clip(violation / (variance + _EPS), 0.0, max_multiplier)
     excess = xp.where(d == EASY, xp.maximum(0.0, delta), xp.where(d == MEDIUM, xp.abs(delta), xp.maximum(0.0, -delta)))
-    return xp.where(xp.asarray(correct), 0.0, -scale * multiplier * excess)
+    easy = xp.where(d == EASY, _penalty(delta, _margin(target, _F[EASY]), _K[EASY], easy_excess), 0.0)
+    return xp.where(xp.asarray(correct), easy, -scale * multiplier * excess)
 
 
 def updated_alpha(alpha: Float[Array, "3"], mean: Float[Array, "3"], target: Float[Array, "3"]) -> Float[Array, "3"]:
@@ -72,6 +77,16 @@ def updated_alpha(alpha: Float[Array, "3"], mean: Float[Array, "3"], target: Flo
     xp = namespace(alpha, mean, target)
     moved = xp.clip(alpha + 0.05 * (mean - target), 0.0, 2.0)
     return xp.where(xp.isnan(moved), alpha, moved)
+
+
+def _margin(target, factor):
+    xp = namespace(target, factor)
+    return xp.maximum(1.0, factor * xp.maximum(target, 1.0))
+
+
+def _penalty(excess, margin, width, cap, share=1.0):
+    xp = namespace(excess, margin, cap)
+    return -xp.minimum(cap, share * _huber(excess - margin, width) / (margin + width) * cap)
 
 
 def _huber(x, width):

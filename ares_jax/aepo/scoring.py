@@ -58,8 +58,16 @@ def score(
     elif aepo.shaping == "paper":
         shaping = np.asarray(
             paper_entropy_reward(
-                n, target, d, right, mean[d], variance[d], scale=aepo.shaping_weight, max_multiplier=aepo.shaping_cap
-            )
+                n,
+                target,
+                d,
+                right,
+                mean[d],
+                variance[d],
+                scale=aepo.shaping_weight,
+                max_multiplier=aepo.shaping_cap,
+                easy_excess=aepo.easy_excess,
+            )  # fmt: skip
         )
     elif aepo.shaping == "none":
         shaping = np.zeros(len(n))

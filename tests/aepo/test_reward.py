@@ -49,3 +49,14 @@ def test_alpha_follows_the_deviation_and_keeps_its_bounds():
     np.testing.assert_allclose(moved, [0.6, 2.0, 0.0], atol=1e-6)
     kept = updated_alpha(np.array([0.5, 0.6, 0.7]), np.array([nan, 5.0, nan]), np.array([2.0, nan, nan]))
     np.testing.assert_allclose(kept, [0.5, 0.6, 0.7], atol=1e-6)
+
+
+def test_the_case_study_of_the_paper():
+    """Easy, target 28: a right answer loses nothing at 20 windows and 0.5 at 51; by the equation alone, never."""
+    windows, target, easy, right, any_ = np.array([20, 51]), np.full(2, 28.0), np.zeros(2, int), np.ones(2, bool), np.ones(2)
+    for cap, expected in ((0.5, [0.0, -0.5]), (0.0, [0.0, 0.0])):
+        value = paper_entropy_reward(windows, target, easy, right, any_, any_, easy_excess=cap)
+        np.testing.assert_allclose(value, expected, atol=1e-6)
+    for level in (1, 2):
+        value = paper_entropy_reward(windows, target, easy + level, right, any_, any_, easy_excess=0.5)
+        np.testing.assert_array_equal(value, 0.0)
