@@ -1,9 +1,9 @@
-"""From scored trees to the learner's batch: one packed segment a leaf, with everything the loss needs at each token."""
+"""From scored trees to the learner's batch: packed trees, with everything the loss needs at each token."""
 
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from ml_collections import ConfigDict
 
 from ares_jax.aepo.advantage import group_normalized
@@ -14,7 +14,8 @@ from ares_jax.aepo.scoring import ScoredGroup
 from ares_jax.aepo.state import AepoState
 from ares_jax.aepo.tree import token_advantages
 from ares_jax.sampling.trajectory import Trajectory
-from data_pipeline.packing import Segment, response_segment
+from data_pipeline.packing import Segment
+from data_pipeline.tree_segments import tree_segments
 
 
 def inside_windows(starts: Bool[np.ndarray, "N"], window: int) -> Bool[np.ndarray, "N"]:
@@ -25,10 +26,31 @@ def inside_windows(starts: Bool[np.ndarray, "N"], window: int) -> Bool[np.ndarra
     return inside
 
 
-def learner_segments(scored: Sequence[ScoredGroup], state: AepoState, aepo: ConfigDict) -> list[Segment]:
-    """Returns one segment a leaf, prompt and response. Its extras, 0 on the prompt and on tokens owned by another leaf:
+def learner_segments(scored: Sequence[ScoredGroup], state: AepoState, aepo: ConfigDict, *, row_tokens: int) -> list[Segment]:
+    """Returns each tree as one segment, or as few as `row_tokens` allows, with the extras of `leaf_extras`.
 
-    weight: of the token in the loss; sums to 1 over all segments (float32).
+    With aepo.tree = "leaf" only the prompt is shared: a leaf is then a sample with an advantage of its own everywhere.
+    """
+    share = aepo.tree == "subtree"
+    segments = []
+    for s, extras in zip(scored, leaf_extras(scored, state, aepo), strict=True):
+        segments += tree_segments(
+            s.prompt,
+            [leaf.token_ids for leaf in s.group.leaves],
+            [leaf.parent if share else -1 for leaf in s.group.leaves],
+            [leaf.branch_position if share else 0 for leaf in s.group.leaves],
+            extras,
+            row_tokens=row_tokens,
+        )
+    return segments
+
+
+def leaf_extras(
+    scored: Sequence[ScoredGroup], state: AepoState, aepo: ConfigDict
+) -> list[list[dict[str, Shaped[np.ndarray, "N"]]]]:
+    """Returns, for every leaf of every group, what the loss needs at its response tokens; 0 at those another leaf owns:
+
+    weight: of the token in the loss; sums to 1 over all leaves (float32).
     advantage: of the token, shared tokens with the mean of the leaves below (float32).
     old_log_prob: of the sampler (float32).
     kl_weight: of the KL term at the token, beta_t (float32).
@@ -37,34 +59,34 @@ def learner_segments(scored: Sequence[ScoredGroup], state: AepoState, aepo: Conf
     """
     ids = np.repeat(np.arange(len(scored)), [len(s.rewards) for s in scored])
     advantages = np.asarray(group_normalized(np.concatenate([s.rewards for s in scored]), ids, baseline=aepo.baseline))
-    leaves: list[tuple[ScoredGroup, Trajectory, np.ndarray]] = []
+    values: list[np.ndarray] = []
     owned: list[np.ndarray] = []
     for number, s in enumerate(scored):
         group = s.group.leaves
-        values, mine = token_advantages(
+        of_tokens, mine = token_advantages(
             [len(leaf.token_ids) for leaf in group], [leaf.parent for leaf in group],
             [leaf.branch_position for leaf in group], advantages[ids == number], tree=aepo.tree,
         )  # fmt: skip
-        leaves += [(s, leaf, value) for leaf, value in zip(group, values, strict=True)]
+        values += of_tokens
         owned += mine
-    weights = _weights(owned, aepo.reduction)
+    parts = zip(values, owned, _weights(owned, aepo.reduction), strict=True)
+    return [[_extras(leaf, s.difficulty, state, aepo, *next(parts)) for leaf in s.group.leaves] for s in scored]
+
+
+def _extras(leaf: Trajectory, difficulty: int, state: AepoState, aepo: ConfigDict, advantage, own, weight) -> dict:
     tau = float(np.nan_to_num(state.tau_high))
     rho = aepo.kl.rho if aepo.kl.dynamic else 1.0
-    segments = []
-    for (s, leaf, value), own, weight in zip(leaves, owned, weights, strict=True):
-        inside = inside_windows(leaf.window_mask, aepo.window)
-        bonus = np.asarray(token_bonus(leaf.window_means, leaf.window_mask, tau, aepo.entropy_bonus))
-        beta = np.asarray(token_weights(state.kappa, np.full(len(own), s.difficulty), inside, rho))
-        extras = {
-            "weight": weight.astype(np.float32),
-            "advantage": (own * (value + bonus)).astype(np.float32),
-            "old_log_prob": (own * leaf.log_probs).astype(np.float32),
-            "kl_weight": (own * beta).astype(np.float32),
-            "bucket": (own * (s.difficulty + 1)).astype(np.int32),
-            "in_window": (own & inside).astype(np.int32),
-        }
-        segments.append(response_segment(s.prompt, leaf.token_ids, extras))
-    return segments
+    inside = inside_windows(leaf.window_mask, aepo.window)
+    bonus = np.asarray(token_bonus(leaf.window_means, leaf.window_mask, tau, aepo.entropy_bonus))
+    beta = np.asarray(token_weights(state.kappa, np.full(len(own), difficulty), inside, rho))
+    return {
+        "weight": weight.astype(np.float32),
+        "advantage": (own * (advantage + bonus)).astype(np.float32),
+        "old_log_prob": (own * leaf.log_probs).astype(np.float32),
+        "kl_weight": (own * beta).astype(np.float32),
+        "bucket": (own * (difficulty + 1)).astype(np.int32),
+        "in_window": (own & inside).astype(np.int32),
+    }
 
 
 def _weights(owned: list[Bool[np.ndarray, "N"]], reduction: str) -> list[Float[np.ndarray, "N"]]:

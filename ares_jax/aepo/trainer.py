@@ -116,7 +116,8 @@ class Trainer:
         losses, norms = [], []
         padding = 0.0
         for part in np.array_split(order, min(a.minibatches, len(kept))):
-            segments = learner_segments([kept[i] for i in part], self.state, a)
+            row_tokens = self.config.packing.row_tokens
+            segments = learner_segments([kept[i] for i in part], self.state, a, row_tokens=row_tokens)
             batches = pack(segments, **self.config.packing)
             padding = 1 - sum(float((b["segment_ids"] > 0).mean()) for b in batches) / len(batches)
             self.learner.recompute(self.train_state.params, batches)

@@ -19,10 +19,10 @@ def token_statistics(
 ) -> TokenStatistics:
     """Returns `f(params, batch) -> (log_probs [B, T], entropies [B, T])`, in nats, pure and differentiable in `params`.
 
-    The value at t concerns the token at t, drawn from the distribution that the tokens before it give; it is 0 at t = 0,
-    and means nothing at padding and at the first token of a segment. `banned` tokens are outside the distribution, as
-    they are in the sampler. With `freeze_vision` no gradient reaches the vision tower. `model` gives the
-    structure (it may be abstract); `batch` holds the arrays of `data_pipeline.packing.pack`.
+    The value at t concerns the token at t, drawn from the distribution that the tokens before it give; it means nothing at
+    padding and at the first token of a segment. Segments may be trees (`data_pipeline.tree_segments`). `banned` tokens are
+    outside the distribution, as they are in the sampler. With `freeze_vision` no gradient reaches the vision tower.
+    `model` gives the structure (it may be abstract); `batch` holds the arrays of `data_pipeline.packing.pack`.
     """
 
     def statistics(params, batch):
@@ -32,16 +32,18 @@ def token_statistics(
         vision = VisionInputs(
             batch["patches"], batch["patch_positions"], batch["patch_window_ids"], batch["patch_frame_ids"]
         )
-        hidden = policy(batch["tokens"], batch["positions"], batch["segment_ids"], vision)
+        tree = "first_leaf" in batch
+        leaf_spans = jnp.stack([batch["first_leaf"], batch["last_leaf"]], axis=1) if tree else None
+        hidden = policy(batch["tokens"], batch["positions"], batch["segment_ids"], vision, leaf_spans)
         rows, length, width = hidden.shape
+        if tree:
+            predictor = jnp.maximum(jnp.arange(length) - batch["back"], 0)
+            hidden = jnp.take_along_axis(hidden, predictor[..., None], axis=1)
+        else:
+            hidden = jnp.roll(hidden, 1, axis=1)
         log_probs, entropies = token_log_probs_and_entropy(
-            hidden[:, :-1].reshape(-1, width), policy.head, batch["tokens"][:, 1:].reshape(-1),
-            temperature=temperature, banned=banned,
-        )  # fmt: skip
-        at_token = ((0, 0), (1, 0))
-        return (
-            jnp.pad(log_probs.reshape(rows, length - 1), at_token),
-            jnp.pad(entropies.reshape(rows, length - 1), at_token),
+            hidden.reshape(-1, width), policy.head, batch["tokens"].reshape(-1), temperature=temperature, banned=banned
         )
+        return log_probs.reshape(rows, length), entropies.reshape(rows, length)
 
     return statistics

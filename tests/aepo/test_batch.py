@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ares_jax.aepo.batch import inside_windows, learner_segments
+from ares_jax.aepo.batch import inside_windows, leaf_extras
 from ares_jax.aepo.scoring import ScoredGroup
 from ares_jax.aepo.state import initial_state
 from ares_jax.config import default_config
@@ -53,20 +53,16 @@ def test_segments(seed, reduction, dynamic, window):
     aepo.reduction, aepo.kl.dynamic, aepo.window, aepo.entropy_bonus = reduction, dynamic, window, 0.2
     groups = [random_group(rng) for _ in range(int(rng.integers(1, 4)))]
     state = initial_state(aepo)._replace(tau_high=np.array(0.4), kappa=np.array([0.1, 0.2, 0.3]))
-    segments = learner_segments(groups, state, aepo)
+    extras = [x for group in leaf_extras(groups, state, aepo) for x in group]
 
     leaves = [(g, leaf) for g in groups for leaf in g.group.leaves]
-    assert len(segments) == len(leaves)
     expected = []
     for g in groups:
         values = oracle.advantages(g.rewards, [0] * len(g.rewards), "grpo")
         shapes = [(len(x.token_ids), x.parent, x.branch_position) for x in g.group.leaves]
         expected += list(zip(*oracle.subtree_advantages(*zip(*shapes, strict=True), values), strict=True))
     tokens = sum(int(own.sum()) for _, own in expected)
-    for segment, (g, leaf), (values, own) in zip(segments, leaves, expected, strict=True):
-        got = {name: x[3:] for name, x in segment.extras.items()}
-        assert all((x[:3] == 0).all() for x in segment.extras.values())
-        assert segment.token_ids.tolist() == [0, 1, 2, *leaf.token_ids.tolist()]
+    for got, (g, leaf), (values, own) in zip(extras, leaves, expected, strict=True):
         for t in range(len(own)):
             inside = any(leaf.window_mask[max(0, t - window + 1) : t + 1])
             bonus = 0.2 * np.log1p(max(0, leaf.window_means[t] - 0.4)) if leaf.window_mask[t] else 0
@@ -75,7 +71,7 @@ def test_segments(seed, reduction, dynamic, window):
             mine = [got[k][t] for k in ("weight", "advantage", "old_log_prob", "kl_weight", "bucket", "in_window")]
             truth = [weight, values[t] + bonus, leaf.log_probs[t], beta, g.difficulty + 1, inside]
             np.testing.assert_allclose(mine, np.array(truth) if own[t] else 0, atol=2e-6)
-    np.testing.assert_allclose(sum(s.extras["weight"].sum() for s in segments), 1, atol=1e-5)
+    np.testing.assert_allclose(sum(x["weight"].sum() for x in extras), 1, atol=1e-5)
 
 
 @pytest.mark.parametrize("length", range(10))

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from ares_jax.aepo.batch import inside_windows, learner_segments
+from ares_jax.aepo.batch import inside_windows, leaf_extras, learner_segments
 from ares_jax.aepo.learner import Learner
 from ares_jax.aepo.scoring import ScoredGroup, score
 from ares_jax.aepo.state import from_json, initial_state, to_json
@@ -16,7 +16,7 @@ from ares_jax.sampling.requests import rollout_request
 from ares_jax.training import initial_state as train_state
 from ares_jax.training import make_optimizer
 from ares_jax.training.log_probs import token_statistics
-from data_pipeline.packing import pack
+from data_pipeline.packing import pack, response_segment
 from tests import digits
 
 BANNED = np.arange(digits.VOCABULARY) >= len(digits.encoder().tokenizer)
@@ -47,10 +47,18 @@ def aepo(**changes):
     return config
 
 
-def step(scored, config, *, rows, learning_rate=None):
+def step(scored, config, *, rows, row_tokens=96, learning_rate=None, trees=True):
     """Returns the parameters after one update, and the segments' batches."""
     state = initial_state(config.aepo)._replace(tau_high=np.array(5.4))
-    batches = pack(learner_segments(scored, state, config.aepo), rows=rows, row_tokens=96, row_patches=48)
+    if trees:
+        segments = learner_segments(scored, state, config.aepo, row_tokens=row_tokens)
+    else:
+        segments = [
+            response_segment(s.prompt, leaf.token_ids, extras)
+            for s, group in zip(scored, leaf_extras(scored, state, config.aepo), strict=True)
+            for leaf, extras in zip(s.group.leaves, group, strict=True)
+        ]
+    batches = pack(segments, rows=rows, row_tokens=row_tokens, row_patches=48)
     # Plain descent where updates are compared: Adam's first step is the sign of the gradient, noise where it is near 0.
     adam = make_optimizer(config.optimizer, learning_rate=learning_rate or 0.0, steps=1)
     optimizer = adam if learning_rate else optax.sgd(1.0)
@@ -77,6 +85,22 @@ def test_an_update_makes_good_leaves_likelier(scored):
     assert abs(sum(float(b["weight"].sum()) for b in batches) - 1) < 1e-5
 
 
+@pytest.mark.parametrize("row_tokens", [56, 96, 160])
+@pytest.mark.parametrize("tree", ["subtree", "leaf"])
+def test_a_tree_gives_the_gradient_of_its_leaves(scored, row_tokens, tree):
+    """Shared prefixes computed once: the update of plain descent, which is the gradient, leaf by leaf and as trees."""
+    leaves = step(scored, aepo(tree=tree), rows=16, trees=False)
+    trees = step(scored, aepo(tree=tree), rows=16, row_tokens=row_tokens)
+    for name in ("loss", "kl", "entropy", "tokens"):
+        np.testing.assert_allclose(trees[1][name], leaves[1][name], rtol=1e-4, atol=1e-6)
+    for name, value in to_flat(digits.model()).items():
+        expected, got = leaves[0].params[name] - value, trees[0].params[name] - value
+        np.testing.assert_allclose(got, expected, atol=1e-6 + 1e-4 * float(jnp.abs(expected).max()), err_msg=name)
+    assert sum(int((b["segment_ids"] > 0).sum()) for b in trees[2]) < sum(
+        int((b["segment_ids"] > 0).sum()) for b in leaves[2]
+    )
+
+
 @pytest.mark.parametrize("old", ["sampler", "recomputed"])
 def test_micro_batches_add_up_to_the_batch(scored, old):
     config = aepo(old_log_probs=old, reduction="seq")
@@ -93,7 +117,7 @@ def test_each_distinct_token_counts_once(scored):
         ("subtree", distinct),
         ("leaf", sum(len(leaf.token_ids) for s in scored for leaf in s.group.leaves)),
     ):
-        segments = learner_segments(scored, state, aepo(tree=tree).aepo)
+        segments = learner_segments(scored, state, aepo(tree=tree).aepo, row_tokens=96)
         assert sum(int((s.extras["bucket"] > 0).sum()) for s in segments) == expected
 
 

@@ -15,10 +15,17 @@ def attention(
     return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
 
 
-def causal_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """A token sees itself and what stands before it in its own segment."""
+def causal_mask(segment_ids: Int[Array, "B T"], leaf_spans: Int[Array, "B 2 T"] | None = None) -> Bool[Array, "B T T"]:
+    """A token sees itself and what stands before it in its own segment.
+
+    With `leaf_spans` (first and last leaf below each token) a segment is a tree: a token sees its ancestors only.
+    """
     length = segment_ids.shape[1]
-    return same_group_mask(segment_ids) & jnp.tril(jnp.ones((length, length), bool))
+    mask = same_group_mask(segment_ids) & jnp.tril(jnp.ones((length, length), bool))
+    if leaf_spans is None:
+        return mask
+    first, last = leaf_spans[:, 0], leaf_spans[:, 1]
+    return mask & (first[:, None, :] <= first[:, :, None]) & (last[:, :, None] <= last[:, None, :])
 
 
 def same_group_mask(ids: Int[Array, "B P"]) -> Bool[Array, "B P P"]:

@@ -44,9 +44,13 @@ class Qwen25VL(nnx.Module):
         positions: Int[Array, "B 3 T"],
         segment_ids: Int[Array, "B T"],
         vision: VisionInputs | None = None,
+        leaf_spans: Int[Array, "B 2 T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Returns the final hidden states. Attention is causal within a segment; segment 0 is padding."""
-        return self.text(self._embed(tokens, vision), positions, segment_ids, keep_kv=False)[0]
+        """Returns the final hidden states. Attention is causal within a segment; segment 0 is padding.
+
+        `leaf_spans`: the segments are trees; the numbers of the first and the last leaf below each token.
+        """
+        return self.text(self._embed(tokens, vision), positions, segment_ids, leaf_spans, keep_kv=False)[0]
 
     def prefill(
         self,

@@ -39,11 +39,17 @@ class TextDecoder(nnx.Module):
         return self.embedding[...].astype(self.dtype)[tokens]
 
     def __call__(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B 3 T"], segment_ids: Int[Array, "B T"], *, keep_kv: bool
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B 3 T"],
+        segment_ids: Int[Array, "B T"],
+        leaf_spans: Int[Array, "B 2 T"] | None = None,
+        *,
+        keep_kv: bool,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "L B T 2K H"] | None]:
         """Returns the normalised hidden states, and with `keep_kv` the keys and values, interleaved by head."""
         rows, length, _ = x.shape
-        angles, mask = self._angles(positions), causal_mask(segment_ids)
+        angles, mask = self._angles(positions), causal_mask(segment_ids, leaf_spans)
 
         def layer(x, p):
             p = self._cast(p)
