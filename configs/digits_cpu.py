@@ -31,6 +31,7 @@ def get_config():
             prompts_per_step=32,
             learning_rate=1e-4,
             minibatches=1,
+            staleness=0,  # sampler and learner share the two cores: there is nothing to overlap
             save_every=10,
             validate_every=10,
             log_rollouts_every=5,

@@ -1,8 +1,14 @@
-"""The AEPO loop, read from top to bottom: draw trees, score, filter, update, push the weights, move the controllers."""
+"""The AEPO loop, read from top to bottom: draw trees, score, filter, update, push the weights, move the controllers.
+
+With `aepo.staleness = 1` batch k + 1 is drawn while the learner updates on batch k. Its policy is then one update old,
+never more, and the ratio's denominator is still the policy that drew the tokens.
+"""
 
 import json
 import math
 import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,12 +26,23 @@ from ares_jax.errors import UserError
 from ares_jax.evaluation.harness import evaluate, overall_accuracy
 from ares_jax.metrics import MetricsWriter, read_jsonl, write_atomic
 from ares_jax.sampling.requests import derive_seed, rollout_request
+from ares_jax.sampling.trajectory import RolloutGroup
 from ares_jax.training import initial_state, make_optimizer
 from ares_jax.workspace import Workspace, host, take
 from data_pipeline.images import to_data_url
 from data_pipeline.packing import pack
 from data_pipeline.prompts import Prompt
 from data_pipeline.sources import make_iterator
+
+
+class _Batch(NamedTuple):
+    """The trees of one iteration."""
+
+    drawn: list[ScoredGroup]
+    kept: list[ScoredGroup]  # by the filter
+    tokens: int  # of responses, sampled for it
+    next_prompt: Any  # state of the prompts' iterator after it
+    seconds: float
 
 
 class Trainer:
@@ -55,12 +72,15 @@ class Trainer:
         self.validation = [workspace.encoder(p) for p in take(workspace.problems("validation"), 10**9)]
         self.iteration = self.checkpoints.latest() or 0
         self.tokens = 0  # response tokens sampled so far
+        # Behind the last batch learnt from: one in flight is lost when the run is killed, and drawn again.
+        self.prompt_position = self.prompts.get_state()
         if self.iteration:
             template = jax.eval_shape(lambda p: initial_state(p, optimizer), to_flat(workspace.model))
             params, rest, extra = self.checkpoints.restore(self.iteration, template.params, template._replace(params={}))
             self.train_state = rest._replace(params=params)
             self.state = aepo_state.from_json(extra["aepo"])
             self.prompts.set_state(extra["prompts"])
+            self.prompt_position = extra["prompts"]
             self.tokens = extra["tokens"]
         else:
             # A copy: the update donates its buffers, and the reference keeps these.
@@ -75,27 +95,38 @@ class Trainer:
     def run(self) -> int:
         """Trains to the end and returns the number of response tokens sampled."""
         a = self.aepo
-        self.client.push_weights(host(self.train_state.params), self.iteration)
+        self.push()
         if self.iteration == 0:
             self.writer.write(0, self.validate())
         if math.isnan(self.state.tau_high):
             self.state = self.state._replace(tau_high=np.array(self.calibrated_threshold()))
         bar = tqdm(total=a.steps, initial=self.iteration, desc="aepo", unit="step")
-        while self.iteration < a.steps and not self.out_of_tokens():
-            values = self.step()
-            self.iteration += 1
-            last = self.iteration == a.steps or self.out_of_tokens()
-            validated = self.iteration % a.validate_every == 0 or last
-            if validated:
-                values |= self.validate()
-            self.writer.write(self.iteration, values)
-            if self.iteration % a.save_every == 0 or last:
-                self.save(values.get("validation/accuracy"))
-            bar.update()
-            bar.set_postfix(
-                reward=f"{values['reward/mean']:.2f}", accuracy=f"{values['reward/accuracy']:.2f}",
-                tokens=f"{values['length']:.0f}", branches=f"{values['branches']:.0f}",
-            )  # fmt: skip
+        with ThreadPoolExecutor(1) as background:
+            batch: Future[_Batch] | None = None
+            while self.iteration < a.steps and not self.out_of_tokens():
+                begin = time.time()
+                now = (batch or self.draw_in(background, self.iteration)).result()
+                waited = time.time() - begin
+                batch = None
+                if a.staleness and self.iteration + 1 < a.steps:
+                    # The next trees are drawn with the present weights while these teach the next ones.
+                    batch = self.draw_in(background, self.iteration + 1)
+                values = self.learn(now) | {"time/sample": now.seconds, "time/wait": waited}
+                self.iteration += 1
+                last = self.iteration == a.steps or self.out_of_tokens()
+                if batch is not None:
+                    wait([batch])  # a tree has one policy: weights change between two batches only
+                values["time/push"] = self.push()
+                if self.iteration % a.validate_every == 0 or last:
+                    values |= self.validate()
+                self.writer.write(self.iteration, values)
+                if self.iteration % a.save_every == 0 or last:
+                    self.save(values.get("validation/accuracy"))
+                bar.update()
+                bar.set_postfix(
+                    reward=f"{values['reward/mean']:.2f}", accuracy=f"{values['reward/accuracy']:.2f}",
+                    tokens=f"{values['length']:.0f}", branches=f"{values['branches']:.0f}",
+                )  # fmt: skip
         bar.close()
         self.checkpoints.wait()
         self.checkpoints.close()
@@ -104,54 +135,64 @@ class Trainer:
     def out_of_tokens(self) -> bool:
         return 0 < self.aepo.token_budget <= self.tokens
 
-    def step(self) -> dict[str, float]:
-        """Does one iteration and returns its metrics."""
+    def push(self) -> float:
+        """Gives the sampler the present weights. Returns the seconds it took."""
+        begin = time.time()
+        self.client.push_weights(host(self.train_state.params), self.iteration)
+        return time.time() - begin
+
+    def draw_in(self, background: ThreadPoolExecutor, iteration: int) -> "Future[_Batch]":
+        return background.submit(self.draw, iteration, self.state)
+
+    def learn(self, batch: "_Batch") -> dict[str, float]:
+        """Updates the policy on a batch, moves thresholds and controllers, and returns the metrics."""
         a = self.aepo
         begin = time.time()
-        drawn, kept = self.draw()
-        sampled = time.time()
         rng = np.random.default_rng([self.config.seed, self.iteration])
-        order = rng.permutation(len(kept))
+        order = rng.permutation(len(batch.kept))
         sums: dict[str, np.ndarray] = {}
-        losses, norms = [], []
-        padding = 0.0
-        for part in np.array_split(order, min(a.minibatches, len(kept))):
+        losses, norms, padding = [], [], []
+        for part in np.array_split(order, min(a.minibatches, len(batch.kept))):
             row_tokens = self.config.packing.row_tokens
-            segments = learner_segments([kept[i] for i in part], self.state, a, row_tokens=row_tokens)
+            segments = learner_segments([batch.kept[i] for i in part], self.state, a, row_tokens=row_tokens)
             batches = pack(segments, **self.config.packing)
-            padding = 1 - sum(float((b["segment_ids"] > 0).mean()) for b in batches) / len(batches)
+            padding.append(1 - np.mean([(b["segment_ids"] > 0).mean() for b in batches]))
             self.learner.recompute(self.train_state.params, batches)
             self.train_state, metrics = self.learner.update(self.train_state, batches, self.reference)
             losses.append(metrics.pop("loss"))
             norms.append(metrics.pop("grad_norm"))
             metrics.pop("skipped")
             sums = metrics if not sums else {name: sums[name] + metrics[name] for name in sums}
-        learned = time.time()
-        self.client.push_weights(host(self.train_state.params), self.iteration + 1)
+        seconds = time.time() - begin
+        self.tokens += batch.tokens
+        self.prompt_position = batch.next_prompt
         if (self.iteration + 1) % a.log_rollouts_every == 0 or self.iteration == 0:
-            self.log_rollouts(kept)
-        values = self.statistics(drawn, kept, sums)
-        self.advance(drawn, len(kept) / len(drawn), sums)
+            self.log_rollouts(batch.kept)
+        values = self.statistics(batch.drawn, batch.kept, sums)
+        self.advance(batch.drawn, len(batch.kept) / len(batch.drawn), sums)
         return values | {
-            "loss": float(np.mean(losses)), "grad_norm": float(np.mean(norms)), "padding": padding,
-            "skipped": float(self.train_state.skipped), "tokens/total": float(self.tokens),
-            "time/sample": sampled - begin, "time/learn": learned - sampled, "time/push": time.time() - learned,
+            "loss": float(np.mean(losses)), "grad_norm": float(np.mean(norms)), "padding": float(np.mean(padding)),
+            "skipped": float(self.train_state.skipped), "tokens/total": float(self.tokens), "time/learn": seconds,
         }  # fmt: skip
 
-    def draw(self) -> tuple[list[ScoredGroup], list[ScoredGroup]]:
-        """Draws until `prompts_per_step` groups survive filtering. Returns all groups drawn, and those kept."""
+    def draw(self, iteration: int, state: aepo_state.AepoState) -> "_Batch":
+        """Draws until `prompts_per_step` groups survive filtering."""
         a = self.aepo
+        begin, tokens = time.time(), 0
         drawn: list[ScoredGroup] = []
         kept: list[ScoredGroup] = []
         for attempt in range(a.filter.attempts):
             missing = a.prompts_per_step - len(kept)
-            count = min(2 * a.prompts_per_step, math.ceil(missing / max(float(self.state.kept_share), 0.25)))
+            count = min(2 * a.prompts_per_step, math.ceil(missing / max(float(state.kept_share), 0.25)))
             prompts = [next(self.prompts) for _ in range(count)]
-            scored = self.rollouts(prompts, attempt)
+            groups = self.rollouts(prompts, iteration, attempt, float(state.tau_high))
+            tokens += sum(len(leaf.token_ids) - leaf.branch_position for g in groups for leaf in g.leaves)
+            scored = score(prompts, groups, self.workspace.decode, state, a)
             drawn += scored
             kept += [s for s in scored if keep_group(s.rewards.mean(), low=a.filter.low, high=a.filter.high)]
             if len(kept) >= a.prompts_per_step:
-                return drawn, kept[: a.prompts_per_step]
+                kept = kept[: a.prompts_per_step]
+                return _Batch(drawn, kept, tokens, self.prompts.get_state(), time.time() - begin)
         raise UserError(
             f"only {len(kept)} of {len(drawn)} groups had a mean reward within [{a.filter.low}, {a.filter.high}] after "
             f"{a.filter.attempts} attempts, {a.prompts_per_step} are needed; right leaves a group: "
@@ -159,20 +200,18 @@ class Trainer:
             "ability, or widen aepo.filter"
         )
 
-    def rollouts(self, prompts: list[Prompt], attempt: int) -> list[ScoredGroup]:
+    def rollouts(self, prompts: list[Prompt], iteration: int, attempt: int, tau_high: float) -> list[RolloutGroup]:
         a, s = self.aepo, self.config.sampler
         requests = [
             rollout_request(
-                prompt, seed=derive_seed(self.config.seed, "aepo", self.iteration, attempt, number),
+                prompt, seed=derive_seed(self.config.seed, "aepo", iteration, attempt, number),
                 group_size=a.group_size, root_leaves=a.root_leaves,
-                max_branches_per_sequence=a.max_branches_per_sequence, tau_high=float(self.state.tau_high),
+                max_branches_per_sequence=a.max_branches_per_sequence, tau_high=tau_high,
                 temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, max_new_tokens=s.max_response_tokens,
             )
             for number, prompt in enumerate(prompts)
         ]  # fmt: skip
-        groups = self.client.rollouts(requests)
-        self.tokens += sum(len(leaf.token_ids) - leaf.branch_position for g in groups for leaf in g.leaves)
-        return score(prompts, groups, self.workspace.decode, self.state, a)
+        return self.client.rollouts(requests)
 
     def calibrated_threshold(self) -> float:
         """Returns tau from single samples of validation prompts, so that the first iteration already knows one."""
@@ -253,7 +292,7 @@ class Trainer:
 
     def save(self, score: float | None) -> None:
         extra = {
-            "aepo": aepo_state.to_json(self.state), "prompts": self.prompts.get_state(), "tokens": self.tokens,
+            "aepo": aepo_state.to_json(self.state), "prompts": self.prompt_position, "tokens": self.tokens,
         }  # fmt: skip
         self.checkpoints.save(
             self.iteration, self.train_state.params, self.train_state._replace(params={}), extra, score=score

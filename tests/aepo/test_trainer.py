@@ -1,0 +1,86 @@
+"""The loop itself, with the engine in this process: what is drawn with which weights, and resumption to the last bit."""
+
+import numpy as np
+import pytest
+
+from ares_jax.aepo.trainer import Trainer
+from ares_jax.metrics import read_jsonl
+from ares_jax.serve import make_engine
+from ares_jax.training import initial_state, make_optimizer
+from ares_jax.workspace import open_workspace
+from configs.digits_cpu import get_config
+
+
+class InProcess:
+    """The engine behind the client's interface. Notes how old the policy of every batch was."""
+
+    def __init__(self, engine):
+        self.engine = engine
+        self.versions: list[int] = []
+
+    def push_weights(self, flat, version):
+        self.engine.load_weights(flat, version)
+
+    def rollouts(self, requests, on_group=lambda index, group: None):
+        groups = self.engine.generate(requests)
+        if requests[0].group_size > 1:
+            (version,) = {int(v) for g in groups for leaf in g.leaves for v in leaf.policy_version}
+            self.versions.append(version)
+        return groups
+
+
+@pytest.fixture(scope="module")
+def config():
+    c = get_config()
+    with c.unlocked():
+        c.model.text.update(hidden_size=64, intermediate_size=96, num_layers=2, mrope_section=(2, 3, 3))
+        c.data.update(validation_problems=3)
+        c.sampler.update(slots=32, pages=500, max_response_tokens=24)
+        c.packing.update(rows=4)
+        c.aepo.update(
+            steps=4, prompts_per_step=2, group_size=4, root_leaves=2, filter={"low": -9.0, "high": 9.0, "attempts": 2},
+            learning_rate=1e-3, save_every=1, validate_every=2,
+        )  # fmt: skip
+    return c
+
+
+@pytest.fixture
+def trainer(config, tmp_path):
+    def make(name, **changes):
+        c = config.copy_and_resolve_references()
+        c.aepo.update(changes)
+        (tmp_path / name).mkdir(exist_ok=True)
+        workspace = open_workspace(c, tmp_path / name)
+        start = workspace.checkpoints("cold_start")
+        if start.latest() is None:
+            state = initial_state(workspace.initial_params(), make_optimizer(c.optimizer, learning_rate=0.0, steps=1))
+            start.save(1, state.params, state._replace(params={}), {})
+            start.wait()
+        return Trainer(workspace, InProcess(make_engine(c, tmp_path / name)))
+
+    return make
+
+
+@pytest.mark.parametrize("staleness, expected", [(0, [0, 1, 2, 3]), (1, [0, 0, 1, 2])])
+def test_the_policy_is_as_old_as_the_config_says(trainer, staleness, expected):
+    one = trainer("run", staleness=staleness)
+    tokens = one.run()
+    assert one.client.versions == expected
+    lines = read_jsonl(one.folder / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4] and lines[-1]["tokens/total"] == tokens > 0
+    assert all(line["mismatch"] < 1e-5 for line in lines[1:2])  # the first batch's policy is the learner's
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(trainer):
+    whole = trainer("whole")
+    whole.run()
+    for stop in (1, 3):
+        part = trainer("parts", steps=stop)
+        part.run()
+    rest = trainer("parts")
+    assert rest.iteration == 3
+    rest.run()
+    for name, value in whole.train_state.params.items():
+        np.testing.assert_array_equal(value, rest.train_state.params[name], err_msg=name)
+    for mine, other in zip(whole.state, rest.state, strict=True):
+        np.testing.assert_array_equal(mine, other)
