@@ -15,14 +15,14 @@ def get_config():
         )
         # Fine-tuning all at once lets the young decoder wash out what the vision tower has just learned.
         c.optimizer.freeze_vision = True
-        c.packing.update(rows=24, row_tokens=192, row_patches=80)
+        c.packing.update(rows=8, row_tokens=192, row_patches=80)
         c.cold_start.update(
             alignment_steps=300,
-            warmup_steps=200,
+            warmup_steps=240,
             warmup_learning_rate=2e-3,
-            pass_rate_problems=768,
-            selected=512,
-            epochs=8,
+            pass_rate_problems=1536,
+            selected=1024,
+            epochs=5,
             batch_size=64,
             learning_rate=1e-3,
         )

@@ -1,10 +1,13 @@
 """All commands in order on a few problems: a killed run resumes, and the export is the model."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import jax.numpy as jnp
@@ -14,8 +17,11 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from ares_jax.metrics import read_jsonl
+from ares_jax.models.qwen2_5_vl import VisionInputs
+from ares_jax.workspace import open_workspace
 from configs.resolved import get_config
 from data_pipeline.tokenizer import load_processors
+from data_pipeline.vision_layout import vision_layout
 
 FLAGS = {
     "model.text.hidden_size": 64, "model.text.intermediate_size": 96, "model.text.num_layers": 2,
@@ -26,6 +32,7 @@ FLAGS = {
     "aepo.prompts_per_step": 2, "aepo.save_every": 1, "aepo.filter.low": -9.0, "aepo.filter.high": 9.0,
     "aepo.log_rollouts_every": 1,
 }  # fmt: skip
+CACHE = tempfile.TemporaryDirectory(prefix="ares_cache_")  # a killed process starts again sooner
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +52,7 @@ def workdir(tmp_path_factory):
 
 
 def environment():
-    return {**os.environ, "XLA_FLAGS": ""}
+    return {**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(CACHE.name)}
 
 
 def line(name, folder):
@@ -63,6 +70,38 @@ def test_a_killed_run_resumes_without_gaps(workdir):
     assert {r["step"] for r in read_jsonl(workdir / "aepo" / "rollouts.jsonl")} == {1, 2, 3}
 
 
+def test_killed_at_ten_random_moments_the_weights_are_the_same_to_the_last_bit(workdir, tmp_path):
+    """On-policy. A moment may be anywhere: while the sampler starts, in a rollout, an update, a save."""
+    folder = tmp_path / "killed"
+    (folder / "checkpoints").mkdir(parents=True)
+    shutil.copytree(workdir / "checkpoints" / "cold_start", folder / "checkpoints" / "cold_start")
+    shutil.copytree(workdir / "tokenizer", folder / "tokenizer")
+    rng = np.random.default_rng()
+    begin = time.monotonic()
+    result = command("train", folder)  # once without a kill: how long it takes
+    assert result.returncode == 0, result.stderr[-2000:]
+    whole = time.monotonic() - begin
+    expected = final_weights(folder)
+    shutil.rmtree(folder / "aepo")
+    shutil.rmtree(folder / "checkpoints" / "aepo")
+    for _ in range(10):
+        process = subprocess.Popen(line("train", folder), env=environment(), stderr=subprocess.DEVNULL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(0, whole))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    result = command("train", folder)
+    assert result.returncode == 0, result.stderr[-2000:]
+    for name, value in final_weights(folder).items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+
+
+def final_weights(folder):
+    workspace = open_workspace(get_config(str(folder / "config.json")), folder)
+    assert workspace.checkpoints("aepo").latest() == FLAGS["aepo.steps"]
+    return workspace.params("aepo")
+
+
 def test_a_finished_command_has_nothing_left_to_do(workdir):
     before = (workdir / "aepo" / "metrics.jsonl").read_text()
     assert command("train", workdir).returncode == 0
@@ -78,10 +117,6 @@ def test_every_stage_is_evaluated_and_reported(workdir):
 
 
 def test_the_export_is_the_model(workdir):
-    from ares_jax.models.qwen2_5_vl import VisionInputs
-    from ares_jax.workspace import open_workspace
-    from data_pipeline.vision_layout import vision_layout
-
     workspace = open_workspace(get_config(str(workdir / "config.json")), workdir)
     theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(workdir / "export").eval()
     text, pixels = load_processors(workdir / "export")
