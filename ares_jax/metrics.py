@@ -1,5 +1,6 @@
-"""Metrics to the console and to `metrics.jsonl`; the record of a run's stages."""
+"""Metrics to `metrics.jsonl`, TensorBoard and Weights & Biases; the record of a run's stages."""
 
+import importlib.util
 import json
 import math
 import os
@@ -8,21 +9,44 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from tensorboardX import SummaryWriter
+
 
 class MetricsWriter:
-    """Appends one JSON object a step. On resumption, lines of steps that will be done again are dropped."""
+    """Writes the numbers of each step to `metrics.jsonl`, to TensorBoard, and to Weights & Biases if its key is set.
 
-    def __init__(self, path: Path, resume_at: int):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._path = path
-        kept = [line for line in read_jsonl(path) if line["step"] <= resume_at]
-        write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
+    On resumption, what was written of steps that will be done again is dropped. Weights & Biases is used where the package
+    is installed and WANDB_API_KEY (or WANDB_MODE=offline) stands in the environment.
+    """
+
+    def __init__(self, folder: Path, resume_at: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / "metrics.jsonl"
+        kept = [line for line in read_jsonl(self._path) if line["step"] <= resume_at]
+        write_atomic(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_at + 1)
+        self._wandb = None
+        if importlib.util.find_spec("wandb") and (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE")):
+            import wandb
+
+            run = f"{folder.parent.name}-{folder.name}"
+            self._wandb = wandb.init(project="ares-jax", name=run, id=run, dir=str(folder), resume="allow")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends `values`; a number that is not finite is written as null, which JSON can hold."""
-        numbers = {name: _finite(float(value)) for name, value in values.items()}
+        """Appends `values`; in the JSONL a number that is not finite is null, which JSON can hold."""
+        numbers = {name: float(value) for name, value in values.items()}
+        record = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, "time": time.time(), **numbers}) + "\n")
+            file.write(json.dumps({"step": step, "time": time.time(), **record}) + "\n")
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(numbers, step=step)
+
+    def close(self) -> None:
+        self._board.close()
+        if self._wandb:
+            self._wandb.finish()
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -74,7 +98,3 @@ def stage(workdir: Path, name: str):
         detail = entry or (earlier["detail"] if earlier else {})
         record = {"name": name, "seconds": seconds, "tokens": int(tokens), "detail": detail}
         write_json(path, [record if item is earlier else item for item in stages] + ([] if earlier else [record]))
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -87,7 +87,7 @@ class Trainer:
             own = jax.tree.map(lambda x: x.copy(), start)
             self.train_state = initial_state(own, optimizer)
             self.state = aepo_state.initial_state(a)
-        self.writer = MetricsWriter(self.folder / "metrics.jsonl", self.iteration if self.iteration else -1)
+        self.writer = MetricsWriter(self.folder, self.iteration if self.iteration else -1)
         rollouts = self.folder / "rollouts.jsonl"
         kept = [line for line in read_jsonl(rollouts) if line["step"] <= self.iteration and self.iteration]
         write_atomic(rollouts, "".join(json.dumps(line) + "\n" for line in kept))
@@ -128,6 +128,7 @@ class Trainer:
                     tokens=f"{values['length']:.0f}", branches=f"{values['branches']:.0f}",
                 )  # fmt: skip
         bar.close()
+        self.writer.close()
         self.checkpoints.wait()
         self.checkpoints.close()
         return self.tokens

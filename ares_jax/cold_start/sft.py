@@ -67,7 +67,7 @@ def fine_tune(
         batches.set_state(extra["iterator"])
         tokens = extra["tokens"]
     first = int(state.step)
-    writer = MetricsWriter(workspace.folder / stage / "metrics.jsonl", first)
+    writer = MetricsWriter(workspace.folder / stage, first)
     bar = tqdm(range(first, steps), desc=f"{stage}: fine-tuning", initial=first, total=steps, unit="step")
     for step in bar:
         segments = next(batches)
@@ -84,6 +84,7 @@ def fine_tune(
             checkpoints.save(step + 1, state.params, state._replace(params={}), extra)
     checkpoints.wait()
     checkpoints.close()
+    writer.close()
     return tokens
 
 
