@@ -64,6 +64,7 @@ def default_config() -> ConfigDict:
     o.b1, o.b2, o.eps = 0.9, 0.999, 1e-8
     o.weight_decay = 0.01
     o.clip_norm = 1.0  # gradients above this global norm are scaled down
+    o.mu_dtype = "float32"  # storage of the first moment; bfloat16 saves two bytes a parameter
     o.freeze_vision = False  # train the text decoder alone
 
     k = c.cold_start = ConfigDict()  # AdaCS: method.md, section 4
@@ -109,6 +110,7 @@ def default_config() -> ConfigDict:
     a.importance_cap = 2.0
     kl = a.kl = ConfigDict()
     kl.weight = 0.01  # kappa at the start; 0: no reference model at all
+    kl.reference = "device"  # where its weights live between updates: "device" or "host"
     kl.dynamic = True  # per-bucket controller and token-wise weights; False: a constant weight everywhere
     kl.estimator = "k3"
     kl.rho = 0.5  # factor inside validated windows

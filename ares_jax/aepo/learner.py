@@ -1,12 +1,12 @@
 """The jitted AEPO loss step: clipped surrogate and token-wise KL over packed rollouts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Bool
+from jaxtyping import Bool, Shaped
 from ml_collections import ConfigDict
 
 from ares_jax.aepo.kl import per_token_kl
@@ -30,7 +30,7 @@ class Learner:
         clip = {name: aepo[name] for name in ("clip_low", "clip_high", "clip_dual")}
         estimator, cap, recompute = aepo.kl.estimator, aepo.importance_cap, self._recompute
 
-        def loss(params: Params, batch: Batch, reference: Params | None):
+        def loss(params: Params, batch: Batch):
             counted = batch["bucket"] > 0
             log_probs, entropies = statistics(params, batch)
             sampled = batch["old_log_prob"]
@@ -39,9 +39,8 @@ class Learner:
             if recompute:
                 terms = terms * importance_weights(old, sampled, cap)
             sums = {f"clip_{name}": jnp.sum(flag & counted) for name, flag in clipped.items()}
-            if reference is not None:
-                ref_log_probs, _ = statistics(jax.lax.stop_gradient(reference), batch)
-                kl = jnp.where(counted, per_token_kl(log_probs, ref_log_probs, estimator), 0.0)
+            if "reference" in batch:
+                kl = jnp.where(counted, per_token_kl(log_probs, batch["reference"], estimator), 0.0)
                 terms = terms + batch["kl_weight"] * kl
                 here = batch["bucket"] == jnp.arange(1, 4)[:, None, None]
                 outside = here & (batch["in_window"] == 0)
@@ -58,15 +57,25 @@ class Learner:
         self._update = Update(loss, optimizer)
         self._log_probs = jax.jit(lambda params, batch: statistics(params, batch)[0])
 
-    def recompute(self, params: Params, batches: Sequence[dict[str, np.ndarray]]) -> None:
-        """Adds the learner's own log-probs to the batches, where the config wants them as the ratio's denominator."""
-        if self._recompute:
-            for batch in batches:
-                batch["recomputed"] = np.asarray(self._log_probs(params, batch))
-
     def update(
-        self, state: TrainState, batches: Sequence[dict[str, np.ndarray]], reference: Params | None
+        self,
+        state: TrainState,
+        batches: Sequence[Mapping[str, Shaped[np.ndarray, "B ..."]]],
+        reference: Mapping[str, Shaped[np.ndarray, "..."]] | Params | None,
     ) -> tuple[TrainState, dict[str, np.ndarray]]:
-        """Returns the new state, and `loss`, `grad_norm`, `skipped` and sums over tokens that the trainer averages."""
-        state, metrics = self._update(state, batches, reference)
+        """Returns the new state, and `loss`, `grad_norm`, `skipped` and sums over tokens that the trainer averages.
+
+        `reference`: weights of the reference policy, on the device or on the host (they are then on the device only while
+        its log-probs are computed); None: no KL term.
+        """
+        micro_batches = [dict(batch) for batch in batches]
+        fixed = {"recomputed": state.params} if self._recompute else {}
+        if reference is not None:
+            fixed["reference"] = jax.device_put(reference)
+        for name in list(fixed):
+            params = fixed.pop(name)
+            for batch in micro_batches:
+                batch[name] = self._log_probs(params, batch)
+            del params
+        state, metrics = self._update(state, micro_batches)
         return state, jax.device_get(metrics)

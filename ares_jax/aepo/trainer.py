@@ -68,7 +68,9 @@ class Trainer:
         self.prompts = make_iterator(workspace.problems("train"), workspace.encoder, seed=self.config.seed + 1)
         self.checkpoints = workspace.checkpoints("aepo")
         start = workspace.params("cold_start")
-        self.reference = start if a.kl.weight > 0 else None
+        if a.kl.reference not in ("device", "host"):
+            raise UserError(f"aepo.kl.reference={a.kl.reference!r} is not one of device, host")
+        self.reference = None if a.kl.weight == 0 else host(start) if a.kl.reference == "host" else start
         self.validation = [workspace.encoder(p) for p in take(workspace.problems("validation"), 10**9)]
         self.iteration = self.checkpoints.latest() or 0
         self.tokens = 0  # response tokens sampled so far
@@ -158,7 +160,6 @@ class Trainer:
             segments = learner_segments([batch.kept[i] for i in part], self.state, a, row_tokens=row_tokens)
             batches = pack(segments, **self.config.packing)
             padding.append(1 - np.mean([(b["segment_ids"] > 0).mean() for b in batches]))
-            self.learner.recompute(self.train_state.params, batches)
             self.train_state, metrics = self.learner.update(self.train_state, batches, self.reference)
             losses.append(metrics.pop("loss"))
             norms.append(metrics.pop("grad_norm"))

@@ -51,7 +51,7 @@ def fine_tune(
         workspace.model, jnp.asarray(workspace.banned), freeze_vision=config.optimizer.freeze_vision
     )
 
-    def loss(params, batch, extra):
+    def loss(params, batch):
         log_probs, _ = statistics(params, batch)
         return -jnp.sum(jnp.where(batch["weight"] > 0, batch["weight"] * log_probs, 0.0)), {}
 

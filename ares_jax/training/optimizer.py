@@ -29,6 +29,6 @@ def make_optimizer(
         optax.clip_by_global_norm(optimizer.clip_norm),
         optax.adamw(
             schedule, b1=optimizer.b1, b2=optimizer.b2, eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay, mask=decayed,
+            weight_decay=optimizer.weight_decay, mask=decayed, mu_dtype=optimizer.mu_dtype,
         ),
     )  # fmt: skip

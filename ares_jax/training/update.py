@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 Params = dict[str, jax.Array]
 Batch = dict[str, jax.Array]
-LossFn = Callable[[Params, Batch, Any], tuple[Float[Array, ""], dict[str, jax.Array]]]
+LossFn = Callable[[Params, Batch], tuple[Float[Array, ""], dict[str, jax.Array]]]
 
 
 class TrainState(NamedTuple):
@@ -29,20 +29,20 @@ def initial_state(params: Params, optimizer: optax.GradientTransformation) -> Tr
 
 
 class Update:
-    """`update(state, micro_batches, extra)`: sums the gradients of `loss` over the micro-batches and applies them.
+    """`update(state, micro_batches)`: sums the gradients of `loss` over the micro-batches and applies them.
 
-    `loss(params, batch, extra) -> (value, metrics)` must be normalised by the caller over the whole update, so that the
+    `loss(params, batch) -> (value, metrics)` must be normalised by the caller over the whole update, so that the
     sum over micro-batches *is* the loss of the batch; `metrics` are sums too. A gradient that is not finite leaves the
     state as it was, except `skipped`.
     """
 
     def __init__(self, loss: LossFn, optimizer: optax.GradientTransformation):
-        def first(params, batch, extra):
-            (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, extra)
+        def first(params, batch):
+            (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
             return grads, {"loss": value, **metrics}
 
-        def more(total, params, batch, extra):
-            return jax.tree.map(jnp.add, total, first(params, batch, extra))
+        def more(total, params, batch):
+            return jax.tree.map(jnp.add, total, first(params, batch))
 
         def apply(state, grads):
             norm = optax.global_norm(grads)
@@ -56,16 +56,14 @@ class Update:
         self._more = jax.jit(more, donate_argnums=0)
         self._apply = jax.jit(apply, donate_argnums=0)
 
-    def __call__(
-        self, state: TrainState, micro_batches: Iterable[Batch], extra: Any = None
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
+    def __call__(self, state: TrainState, micro_batches: Iterable[Batch]) -> tuple[TrainState, dict[str, jax.Array]]:
         """Returns the new state and the summed metrics, with `loss`, `grad_norm` (before clipping) and `skipped`."""
         total = None
         for batch in micro_batches:
             if total is None:
-                total = self._first(state.params, batch, extra)
+                total = self._first(state.params, batch)
             else:
-                total = self._more(total, state.params, batch, extra)
+                total = self._more(total, state.params, batch)
         if total is None:
             raise ValueError("an update needs at least one micro-batch")
         grads, metrics = total

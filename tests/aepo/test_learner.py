@@ -64,7 +64,6 @@ def step(scored, config, *, rows, row_tokens=96, learning_rate=None, trees=True)
     optimizer = adam if learning_rate else optax.sgd(1.0)
     learner = Learner(digits.model(), BANNED, optimizer, config.aepo, temperature=1.0, freeze_vision=False)
     params = jax.tree.map(lambda x: x.copy(), to_flat(digits.model()))
-    learner.recompute(params, batches)
     after, metrics = learner.update(train_state(params, optimizer), batches, to_flat(digits.model()))
     return after, metrics, batches
 
@@ -140,3 +139,19 @@ def test_scores_and_state(scored):
     for a, b in zip(state, again, strict=True):
         np.testing.assert_array_equal(a, b)
     assert inside_windows(np.array([0, 1, 0, 0, 0], bool), 3).tolist() == [False, True, True, True, False]
+
+
+def test_the_reference_may_live_on_the_host_or_not_at_all(scored):
+    def update(reference):
+        state = initial_state(aepo().aepo)._replace(tau_high=np.array(5.4))
+        batches = pack(learner_segments(scored, state, aepo().aepo, row_tokens=96), rows=16, row_tokens=96, row_patches=48)
+        learner = Learner(digits.model(), BANNED, optax.sgd(1.0), aepo().aepo, temperature=1.0, freeze_vision=False)
+        params = jax.tree.map(lambda x: 0.9 * x, to_flat(digits.model()))
+        return learner.update(train_state(params, optax.sgd(1.0)), batches, reference)
+
+    device, on_device = update(to_flat(digits.model()))
+    host, on_host = update(jax.device_get(to_flat(digits.model())))
+    assert float(on_device["loss"]) == float(on_host["loss"]) and float(on_device["kl"].sum()) > 0
+    assert all((host.params[name] == value).all() for name, value in device.params.items())
+    absent = update(None)[1]
+    assert "kl" not in absent and float(absent["loss"]) < float(on_device["loss"])
