@@ -23,8 +23,12 @@ _FRAME = re.compile(r"<\|(?:begin|end)_of_solution\|>|</?(?:solution|response|ou
 _STATED = (  # in the order of trust; the last match of a pattern counts
     re.compile(r"<answer>(?P<answer>[^<>]+)</answer>", re.IGNORECASE),
     re.compile(r"^[ \t]*####[ \t]*(?P<answer>[^\n]+)$", re.MULTILINE),
-    re.compile(r"(?:final answer|answer)(?: is)?[ \t]*:?\*{0,2}[ \t]*(?P<answer>[^\n:]+)$", re.IGNORECASE | re.MULTILINE),
+    re.compile(
+        r"(?:final answer|answer)(?: is)?[ \t]*:?\*{0,2}[ \t]*(?P<answer>(?:[^\n:]|(?<=\d):(?=\d))+)$",
+        re.IGNORECASE | re.MULTILINE,
+    ),
 )
+_PHRASES = re.compile(r"\b(?:boxed|the|so|thus|therefore|final|answer|is)\b|\W", re.IGNORECASE)  # that only announce
 _ANSWER_TAGS = re.compile(r"</?answer>", re.IGNORECASE)
 
 
@@ -75,7 +79,7 @@ def _untagged(text: str, answer: str) -> Normalised:
     if stated is None:
         return Normalised("no_answer")
     thought = _ANSWER_TAGS.sub("", text)
-    reasoning = re.sub(r"\\boxed|final|answer|is|[^\w]", "", thought.replace(stated, ""), flags=re.IGNORECASE)
+    reasoning = _PHRASES.sub("", thought.replace(stated, ""))
     return _judged(REWRITTEN, f"<think>\n{thought}\n</think>\n\\boxed{{{stated}}}", reasoning, answer)
 
 
@@ -94,6 +98,5 @@ def _stated(text: str) -> str | None:
     """Returns the answer that a text states without a box."""
     for pattern in _STATED:
         if matches := list(pattern.finditer(text)):
-            answer = matches[-1]["answer"].strip().strip("*").strip().rstrip(".").strip().strip("$")
-            return answer or None
+            return matches[-1]["answer"].strip(" \t*$").rstrip(" \t*$.") or None
     return None
