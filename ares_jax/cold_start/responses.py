@@ -29,9 +29,9 @@ def endpoint_responses(
     """Returns one record for each problem in `indices` that the endpoint answered, in their order.
 
     A record, also a line of `path`: {"index", "problem_id", "source", "level", "responses": [text], "finish": [reason],
-    "verdicts": [right?], "tokens", "asked": {"model", "temperature", "top_p", "max_tokens", "samples"}}. Problems that
-    `path` already holds are not asked again. Refused ones go to `<path>.refused.jsonl` and are counted on the console;
-    the next run asks them again.
+    "verdicts": [right?], "tokens", "asked": {"model", "temperature", "top_p", "max_tokens", "samples", "instruction"}}.
+    Problems that `path` already holds are not asked again. Refused ones go to `<stem>.refused.jsonl` beside it and are
+    counted on the console; the next run asks them again.
 
     Raises:
       UserError: the endpoint is away or misconfigured, or `path` holds the answers to another request.
@@ -80,8 +80,9 @@ def endpoint_responses(
             samples=samples, max_tokens=max_tokens, on_answer=keep, on_refusal=refuse,
         )  # fmt: skip
     rejects = path.with_name(f"{path.stem}.refused.jsonl")
-    lines = [{"index": i, "problem_id": problems[i].problem_id, "reason": why} for i, why in sorted(refused.items())]
-    write_atomic(rejects, "".join(json.dumps(line) + "\n" for line in lines))
+    rejects.unlink(missing_ok=True)
     if refused:
+        lines = [{"index": i, "problem_id": problems[i].problem_id, "reason": why} for i, why in sorted(refused.items())]
+        write_atomic(rejects, "".join(json.dumps(line) + "\n" for line in lines))
         print(f"cold_start: {name}: {len(refused)} of {len(indices)} problems were refused; {rejects} says why")
     return [known[index] for index in indices if index in known]
