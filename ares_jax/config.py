@@ -8,6 +8,22 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 
+def _endpoint() -> ConfigDict:
+    """Returns the section of an OpenAI-compatible endpoint; our own sampler service is one."""
+    e = ConfigDict()
+    e.url = ""  # such as http://host:8000; empty: none
+    e.model = ""  # its name there
+    e.key_variable = "OPENAI_API_KEY"  # environment variable with the key; ARES_TOKEN for our service
+    e.instruction = "Think step by step, then put the final answer in \\boxed{}."  # below every question
+    e.temperature, e.top_p = 1.0, 1.0
+    e.concurrency = 32  # requests in flight
+    e.requests_per_minute = 0  # 0: no limit
+    e.timeout = 1800.0  # seconds for one answer
+    e.patience = 300.0  # seconds of an endpoint that is away, or has no room, before giving up
+    e.retries = 6  # of a request that fails while others succeed
+    return e
+
+
 def default_config() -> ConfigDict:
     """Returns the tree with the paper's hyper-parameters (method.md, section 5) wherever the paper gives them."""
     c = ConfigDict()
@@ -79,6 +95,15 @@ def default_config() -> ConfigDict:
     k.learning_rate = 2e-5
     k.warmup_fraction = 0.05  # of the steps; then a cosine down to a tenth
     k.save_every = 50  # steps
+    k.endpoint = _endpoint()  # the starting model's, for pass rates; no url: our sampler, with the starting weights
+    r = k.teacher = ConfigDict()  # whose traces are learned
+    r.source = "data"  # "data": the problems' own responses; "file": r.files; "endpoint": r.endpoint
+    r.files = ()  # JSONL of {"problem_id", "responses": [text]}
+    r.samples = 8  # drawn from the endpoint for each problem; 3 wrong first ones make it a hard-validation problem
+    r.endpoint = _endpoint()
+    k.kl = ConfigDict()  # KL-guided fine-tuning: drift from the starting weights on the response's tokens costs
+    k.kl.weight = (0.0, 0.0, 0.0)  # for easy, medium, hard problems by their pass rate; all 0: no reference model
+    k.kl.estimator = "k3"  # as aepo.kl.estimator
 
     a = c.aepo = ConfigDict()  # AEPO: method.md, sections 2 and 3
     a.steps = 400  # updates of the policy
@@ -92,6 +117,7 @@ def default_config() -> ConfigDict:
     a.root_leaves = 4  # of which this many start at the root; group_size: no branching
     a.max_branches_per_sequence = 2
     a.window = 4  # tokens of an entropy window
+    a.trigger_words = ""  # file of trigger words, one a line (ares_jax.cold_start.triggers mines one); empty: our list
     a.tau_definition = "trajectory"  # or "window_median": batch median of the quantile of window means
     a.tau_quantile = 0.95
     a.tau_decay = 0.99  # EMA over iterations

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool
 from ml_collections import ConfigDict
 
-from ares_jax.aepo.trigger_words import trigger_mask
+from ares_jax.aepo.trigger_words import WORDS, read_words, trigger_mask
 from ares_jax.checkpoints.huggingface import load_hf, read_config
 from ares_jax.checkpoints.manager import Checkpoints
 from ares_jax.checkpoints.params import to_flat, with_params
@@ -121,7 +121,8 @@ def open_workspace(config: ConfigDict, folder: Path) -> Workspace:
     banned = np.arange(vocabulary) >= len(text)
     banned[list(text.get_added_vocab()[name] for name in tokenizer.NEVER_SAMPLED if name in text.get_added_vocab())] = True
     trigger = np.zeros(vocabulary, bool)
-    trigger[: len(strings)] = trigger_mask(strings)
+    words = read_words(Path(config.aepo.trigger_words)) if config.aepo.trigger_words else WORDS
+    trigger[: len(strings)] = trigger_mask(strings, words)
     model = abstract_model(model_config, **_types(config))
     return Workspace(config, folder, PromptEncoder(text, pixels), model, banned, trigger)
 

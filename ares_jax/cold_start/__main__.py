@@ -6,11 +6,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ares_jax import cli
+from ares_jax.aepo.difficulty import bucket
 from ares_jax.cold_start.alignment import align_vision
-from ares_jax.cold_start.curation import curate, summary
-from ares_jax.cold_start.pass_rates import candidates, measure_pass_rates
+from ares_jax.cold_start.curation import curate
+from ares_jax.cold_start.curation_report import curation_report, write_report
+from ares_jax.cold_start.pass_rates import candidates, endpoint_pass_rates, measure_pass_rates
 from ares_jax.cold_start.sft import example, fine_tune
-from ares_jax.metrics import stage, write_json
+from ares_jax.cold_start.teacher import hard_problems, normalised_traces, teacher_responses, write_hard_split
+from ares_jax.errors import UserError
+from ares_jax.metrics import stage
 from ares_jax.sampling.requests import derive_seed
 from ares_jax.workspace import Workspace, host, open_workspace
 from data_pipeline.prompts import Problem
@@ -22,19 +26,46 @@ def main(config: ConfigDict, workdir: Path) -> None:
     if c.warmup_steps:
         with stage(workdir, "warm-up fine-tuning") as record:
             record["tokens"] = _warm_up(workspace)
+    folder = workdir / "cold_start"
     choice = np.random.default_rng([config.seed, 1]).permutation(len(workspace.problems("train")))
     indices = np.sort(choice[: c.pass_rate_problems]).tolist()
-    with stage(workdir, "pass rates") as record, workspace.sampler() as client:
-        client.push_weights(host(workspace.params("base")), 0)
-        records = measure_pass_rates(workspace, client, indices, workdir / "cold_start" / "pass_rates.jsonl")
+    with stage(workdir, "pass rates") as record:
+        records = _pass_rates(workspace, indices, folder / "pass_rates.jsonl")
         record["tokens"] = sum(r["tokens"] for r in records)
-    pool = candidates(records)
+    measured = [r["index"] for r in records]
+    with stage(workdir, "teacher traces"):
+        responses = teacher_responses(workspace, measured, folder)
+        traces, verdicts = normalised_traces(workspace, responses, folder)
+        hard = hard_problems(workspace.problems("train"), responses) if c.teacher.source != "data" else []
+        if hard:
+            write_hard_split(workspace, hard, folder / "hard_validation.jsonl")
+    held_out = set(hard)
+    usable = [r for r in records if r["index"] in traces and r["index"] not in held_out]
+    if not usable:
+        raise UserError(
+            f"no problem has a usable teacher trace (verdicts: {verdicts}); {folder / 'rejects.jsonl'} has them all"
+        )
+    pool = candidates(usable, traces)
     choices = curate(pool, c.selected, config.seed)
-    write_json(workdir / "cold_start" / "curation.json", summary(pool, choices))
-    selected = [(records[choice.candidate]["index"], choice.trace) for choice in choices]
+    problems = {
+        "asked": len(indices), "measured": len(records), "held out for hard validation": len(hard),
+        "without a usable trace": len(records) - len(usable) - len(hard), "selected": len(choices),
+    }  # fmt: skip
+    write_report(folder, curation_report(pool, choices, {"verdicts": verdicts, "problems": problems}))
+    print(f"cold start: teacher responses: {', '.join(f'{count} {name}' for name, count in verdicts.items())}")
+    chosen = [(usable[choice.candidate], choice.trace) for choice in choices]
+    selected = [(r["index"], traces[r["index"]][trace].text, int(bucket(r["correct"], r["samples"]))) for r, trace in chosen]
     with stage(workdir, "cold-start fine-tuning") as record:
         record["tokens"] = _fine_tune(workspace, selected)
     print(f"cold start: {len(selected)} problems of {len(records)}, weights in {workdir / 'checkpoints' / 'cold_start'}")
+
+
+def _pass_rates(workspace: Workspace, indices: list[int], path: Path) -> list[dict]:
+    if workspace.config.cold_start.endpoint.url:
+        return endpoint_pass_rates(workspace, indices, path)
+    with workspace.sampler() as client:
+        client.push_weights(host(workspace.params("base")), 0)
+        return measure_pass_rates(workspace, client, indices, path)
 
 
 def _warm_up(workspace: Workspace) -> int:
@@ -52,17 +83,18 @@ def _warm_up(workspace: Workspace) -> int:
     )  # fmt: skip
 
 
-def _fine_tune(workspace: Workspace, selected: list[tuple[int, int]]) -> int:
+def _fine_tune(workspace: Workspace, selected: list[tuple[int, str, int]]) -> int:
+    """Learns from (problem, trace, difficulty) triples."""
     c, encoder, problems = workspace.config.cold_start, workspace.encoder, workspace.problems("train")
 
-    def teach(choice: tuple[int, int]):
-        problem = problems[choice[0]]
-        return example(encoder(problem), encoder.encode_response(problem.responses[choice[1]]))
+    def teach(choice: tuple[int, str, int]):
+        index, trace, difficulty = choice
+        return example(encoder(problems[index]), encoder.encode_response(trace), c.kl.weight[difficulty])
 
     batches = make_iterator(selected, teach, seed=workspace.config.seed, batch_size=c.batch_size)
     return fine_tune(
         workspace, "cold_start", lambda: workspace.params("base"), batches,
-        steps=max(1, c.epochs * len(selected) // c.batch_size), learning_rate=c.learning_rate,
+        steps=max(1, c.epochs * len(selected) // c.batch_size), learning_rate=c.learning_rate, guided=any(c.kl.weight),
     )  # fmt: skip
 
 

@@ -1,12 +1,14 @@
 """How hard is a problem? The share of sampled responses that a starting model gets right (method.md, section 4)."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ares_jax.cold_start.curation import Candidate
+from ares_jax.cold_start.responses import endpoint_responses
+from ares_jax.cold_start.teacher import Trace
 from ares_jax.evaluation.grading import is_correct
 from ares_jax.metrics import read_jsonl
 from ares_jax.sampling.requests import derive_seed, rollout_request
@@ -18,8 +20,7 @@ _CHUNK = 128  # problems between two writes: what a killed run loses at most
 def measure_pass_rates(workspace: Workspace, client, indices: Sequence[int], path: Path) -> list[dict]:
     """Returns one record for each training problem in `indices`; those that `path` already holds are not asked again.
 
-    A record: {"index", "problem_id", "source", "level", "correct", "samples", "lengths": teacher traces in tokens,
-    "tokens": sampled}.
+    A record: {"index", "problem_id", "source", "level", "correct", "samples", "tokens": sampled}.
     """
     config, problems, encoder = workspace.config, workspace.problems("train"), workspace.encoder
     samples = config.cold_start.pass_rate_samples
@@ -44,7 +45,6 @@ def measure_pass_rates(workspace: Workspace, client, indices: Sequence[int], pat
             known[index] = {
                 "index": index, "problem_id": problem.problem_id, "source": problem.source, "level": problem.level,
                 "correct": sum(is_correct(text, problem.answer) for text in texts), "samples": samples,
-                "lengths": [len(encoder.encode_response(response)) for response in problem.responses],
                 "tokens": sum(len(leaf.token_ids) for leaf in group.leaves),
             }  # fmt: skip
         with path.open("a") as file:
@@ -55,6 +55,21 @@ def measure_pass_rates(workspace: Workspace, client, indices: Sequence[int], pat
     return [known[index] for index in indices]
 
 
-def candidates(records: Sequence[dict]) -> list[Candidate]:
-    """Returns the records as curation wants them."""
-    return [Candidate(r["problem_id"], r["source"], r["correct"] / r["samples"], tuple(r["lengths"])) for r in records]
+def endpoint_pass_rates(workspace: Workspace, indices: Sequence[int], path: Path) -> list[dict]:
+    """Returns the same records, measured at `cold_start.endpoint`; problems that it refuses are left out and reported."""
+    config = workspace.config
+    records = endpoint_responses(
+        config.cold_start.endpoint, workspace.problems("train"), indices, path,
+        samples=config.cold_start.pass_rate_samples, max_tokens=config.sampler.max_response_tokens, seed=config.seed,
+        name="pass rates",
+    )  # fmt: skip
+    return [{**r, "correct": sum(r["verdicts"]), "samples": len(r["verdicts"])} for r in records]
+
+
+def candidates(records: Sequence[dict], traces: Mapping[int, Sequence[Trace]]) -> list[Candidate]:
+    """Returns the records as curation wants them, with their traces' lengths; those without a trace are left out."""
+    return [
+        Candidate(r["problem_id"], r["source"], r["correct"] / r["samples"], tuple(t.tokens for t in traces[r["index"]]))
+        for r in records
+        if traces.get(r["index"])
+    ]

@@ -1,4 +1,9 @@
-"""Supervised fine-tuning on packed prompt-response segments; the loss is on the response alone."""
+"""Supervised fine-tuning on packed prompt-response segments; the loss is on the response alone.
+
+KL-guided (`cold_start.kl`, method.md section 4): drift from the starting weights costs, the more so the more a problem's
+difficulty weighs. The penalty is the estimator on the *teacher's* tokens: zero exactly where their log-probabilities have
+not moved, but no unbiased KL, for which the tokens would have to be the policy's own.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -10,19 +15,43 @@ import numpy as np
 from jaxtyping import Int
 from tqdm import tqdm
 
+from ares_jax.aepo.kl import per_token_kl
 from ares_jax.checkpoints.params import to_flat
 from ares_jax.metrics import MetricsWriter
 from ares_jax.training import Update, initial_state, make_optimizer
-from ares_jax.training.log_probs import token_statistics
-from ares_jax.training.update import Params
+from ares_jax.training.log_probs import TokenStatistics, token_statistics
+from ares_jax.training.update import LossFn, Params
 from ares_jax.workspace import Workspace
 from data_pipeline.packing import Segment, pack, response_segment
 from data_pipeline.prompts import Prompt
 
 
-def example(prompt: Prompt, response: Int[np.ndarray, "N"]) -> Segment:
-    """Returns prompt and response as one segment; the extra `weight` is 1 on the response and 0 on the prompt."""
-    return response_segment(prompt, response, {"weight": np.ones(len(response), np.float32)})
+def example(prompt: Prompt, response: Int[np.ndarray, "N"], kl_weight: float = 0.0) -> Segment:
+    """Returns prompt and response as one segment, with two extras that are 0 on the prompt.
+
+    On the response `weight` is 1 and `kl_weight` is the weight of its drift from the starting weights.
+    """
+    ones = np.ones(len(response), np.float32)
+    return response_segment(prompt, response, {"weight": ones, "kl_weight": kl_weight * ones})
+
+
+def fine_tuning_loss(statistics: TokenStatistics, estimator: str) -> LossFn:
+    """Returns the loss of a micro-batch whose `weight`s sum to 1 over the update: NLL, and KL where there is a reference.
+
+    The batch then holds `reference_log_prob` [B, T], nats. Metrics: `kl`, the unweighted mean over response tokens.
+    """
+
+    def loss(params, batch):
+        log_probs, _ = statistics(params, batch)
+        counted = batch["weight"] > 0
+        nll = -jnp.sum(jnp.where(counted, batch["weight"] * log_probs, 0.0))
+        if "reference_log_prob" not in batch:
+            return nll, {}
+        drift = per_token_kl(log_probs, batch["reference_log_prob"], estimator)
+        drift = jnp.where(counted, batch["weight"] * drift, 0.0)
+        return nll + jnp.sum(batch["kl_weight"] * drift), {"nll": nll, "kl": jnp.sum(drift)}
+
+    return loss
 
 
 def fine_tune(
@@ -33,12 +62,14 @@ def fine_tune(
     *,
     steps: int,
     learning_rate: float,
+    guided: bool = False,
 ) -> int:
     """Trains `steps` updates into the checkpoints of `stage`, going on where an earlier run was cut off.
 
     Args:
-      start: gives the weights to start from (called if there is no checkpoint yet).
+      start: gives the weights to start from (called if there is no checkpoint yet, or they are the reference, too).
       batches: iterator over lists of segments, with `get_state` and `set_state`.
+      guided: keep the weights of `start` as the reference of the KL term.
 
     Returns the number of response tokens learned from.
     """
@@ -51,15 +82,15 @@ def fine_tune(
         workspace.model, jnp.asarray(workspace.banned), freeze_vision=config.optimizer.freeze_vision
     )
 
-    def loss(params, batch):
-        log_probs, _ = statistics(params, batch)
-        return -jnp.sum(jnp.where(batch["weight"] > 0, batch["weight"] * log_probs, 0.0)), {}
-
-    update = Update(loss, optimizer)
+    update = Update(fine_tuning_loss(statistics, config.cold_start.kl.estimator), optimizer)
+    reference = start() if guided else None
+    reference_log_probs = jax.jit(lambda params, batch: statistics(params, batch)[0])
     checkpoints = workspace.checkpoints(stage)
     done = checkpoints.latest()
     if done is None:
-        state, tokens = initial_state(start(), optimizer), 0
+        # A copy: the update donates its buffers, and the reference keeps these.
+        first_params = start() if reference is None else jax.tree.map(jnp.copy, reference)
+        state, tokens = initial_state(first_params, optimizer), 0
     else:
         template = jax.eval_shape(lambda p: initial_state(p, optimizer), to_flat(workspace.model))
         params, rest, extra = checkpoints.restore(done, template.params, template._replace(params={}))
@@ -73,7 +104,11 @@ def fine_tune(
         segments = next(batches)
         weighted, count = normalized(segments)
         begin = time.time()
-        state, metrics = update(state, pack(weighted, **workspace.config.packing))
+        packed = pack(weighted, **workspace.config.packing)
+        if reference is not None:
+            for batch in packed:
+                batch["reference_log_prob"] = reference_log_probs(reference, batch)
+        state, metrics = update(state, packed)
         values = {name: float(value) for name, value in metrics.items()}
         tokens += count
         values["tokens_per_second"] = count / (time.time() - begin)
@@ -92,6 +127,7 @@ def normalized(segments: Sequence[Segment]) -> tuple[list[Segment], int]:
     """Returns the segments with weights that sum to 1 over all of them, and their number of response tokens."""
     count = int(sum(s.extras["weight"].sum() for s in segments))
     scaled = [
-        Segment(s.token_ids, s.positions, s.patches, s.grid_thw, {"weight": s.extras["weight"] / count}) for s in segments
+        Segment(s.token_ids, s.positions, s.patches, s.grid_thw, {**s.extras, "weight": s.extras["weight"] / count})
+        for s in segments
     ]
     return scaled, count

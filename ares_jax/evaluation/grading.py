@@ -1,46 +1,70 @@
-"""Is a response right? The last boxed answer against the reference: exact or numeric first, then math-verify."""
+"""Is a response right? The last boxed answer against the reference: exact rules first, then math-verify."""
 
-import logging
 import re
 
-_NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
+from ares_jax.evaluation.answer_text import cleaned
+from ares_jax.evaluation.exact_rules import exact_verdict
+from ares_jax.evaluation.verifier import same_mathematics
+
+_LONGEST = 10_000  # characters of an answer that is looked at
+_BOX = re.compile(r"\\boxed\s*\{")
+_BRACE = re.compile(r"\\[{}]|[{}]")
 
 
 def extract_answer(response: str) -> str | None:
-    """Returns the content of the last `\\boxed{...}` after the thinking, braces balanced; None if there is none."""
-    text = response.rsplit("</think>", 1)[-1]
-    start = text.rfind("\\boxed{")
-    if start < 0:
+    """Returns the content of the last outermost `\\boxed{...}` after the thinking, braces balanced.
+
+    None if there is none, if the last one is never closed, or if the thinking is not over. Linear in the length.
+    """
+    text = response.rpartition("</think>")[2]
+    if "<think>" in text:
         return None
-    depth, begin = 0, start + len("\\boxed{")
-    for position in range(begin - 1, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-        if depth == 0:
-            return text[begin:position].strip()
-    return None
+    answer, position = None, 0
+    while (box := _BOX.search(text, position)) is not None:
+        if (end := _closing(text, box.end())) is None:
+            return None
+        answer, position = text[box.end() : end].strip(), end
+    return answer
 
 
 def has_format(response: str) -> bool:
-    """Says whether the response thinks, closes its thought, then boxes an answer."""
-    return response.count("<think>") == 1 and response.count("</think>") == 1 and extract_answer(response) is not None
+    """Says whether the response is one thought, `<think> ... </think>`, and then an answer in a box.
+
+    The original asks for <think>.*</think>.*\\boxed\\{.*\\}.*; this also wants one thought only and the box closed.
+    """
+    one = response.count("<think>") == 1 and response.count("</think>") == 1
+    return one and response.lstrip().startswith("<think>") and extract_answer(response) is not None
 
 
 def is_correct(response: str, answer: str) -> bool:
-    """Says whether the boxed answer equals `answer` as text, as a number, or by math-verify's rules."""
-    given, wanted = extract_answer(response), answer.strip()
-    if given is None:
+    """Says whether the boxed answer equals `answer`: as text, choice or quantity, or else by math-verify's rules.
+
+    Never hangs and never raises for any text. Safe in threads.
+    """
+    given = extract_answer(response)
+    return given is not None and same_answer(given, answer)
+
+
+def same_answer(given: str, wanted: str) -> bool:
+    """Says whether two bare answers are equal. An empty one equals nothing."""
+    if len(given) > _LONGEST:
         return False
-    if given == wanted:
-        return True
-    if _NUMBER.fullmatch(given) and _NUMBER.fullmatch(wanted):
-        return float(given) == float(wanted)
-    return _verified(given, wanted)
+    given, wanted = cleaned(given), cleaned(wanted)
+    if not given or not wanted:
+        return False
+    verdict = exact_verdict(given, wanted)
+    return same_mathematics(_latex(given), _latex(wanted)) if verdict is None else verdict
 
 
-def _verified(given: str, wanted: str) -> bool:
-    from math_verify import parse, verify  # sympy takes a second to import, and most answers need none of it
+def _latex(text: str) -> str:
+    return re.sub(r"(?<!\\)%", r"\\%", text.replace(r"\$", "").replace("$", ""))
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of the missing timeouts at every call
-    # Timeouts work through signals, which only the main thread may use: without them it runs in any thread.
-    gold, target = (parse(f"${text}$", parsing_timeout=None) for text in (wanted, given))
-    return bool(verify(gold, target, timeout_seconds=None))
+
+def _closing(text: str, start: int) -> int | None:
+    """Returns the index of the brace that closes the one before `start`."""
+    depth = 1
+    for match in _BRACE.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)  # an escaped brace is a set's
+        if depth == 0:
+            return match.start()
+    return None
