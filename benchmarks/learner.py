@@ -24,7 +24,7 @@ from ares_jax.aepo.state import initial_state as initial_aepo
 from ares_jax.checkpoints import save_hf
 from ares_jax.checkpoints.params import with_params
 from ares_jax.sampling.trajectory import RolloutGroup, Trajectory
-from ares_jax.training import initial_state, make_optimizer
+from ares_jax.training import initial_state, make_optimizer, trainable
 from ares_jax.workspace import open_workspace, take
 from data_pipeline.packing import Segment, pack, response_segment
 from data_pipeline.prompts import Prompt
@@ -49,12 +49,11 @@ def main(config: ConfigDict, workdir: Path) -> None:
     params = workspace.initial_params()
     reference = {name: 0.99 * value for name, value in params.items()}
     optimizer = make_optimizer(config.optimizer, learning_rate=1e-4, steps=100)
-    learner = Learner(
-        workspace.model, workspace.banned, optimizer, a, temperature=1.0, freeze_vision=config.optimizer.freeze_vision
-    )
+    trained = trainable(config.optimizer)
+    learner = Learner(workspace.model, workspace.banned, optimizer, a, temperature=1.0, trainable=trained)
 
     def update(segments: Sequence[Segment]):
-        own = initial_state(jax.tree.map(lambda x: x.copy(), params), optimizer)
+        own = initial_state(jax.tree.map(lambda x: x.copy(), params), optimizer, trained)
         return learner.update(own, pack(segments, **config.packing), reference)[1]
 
     for name, segments in (("policy", params), ("reference", reference)):

@@ -13,7 +13,7 @@ from ares_jax.aepo.kl import per_token_kl
 from ares_jax.aepo.loss import importance_weights, surrogate_terms
 from ares_jax.models.qwen2_5_vl import Qwen25VL
 from ares_jax.training.log_probs import token_statistics
-from ares_jax.training.update import Batch, Params, TrainState, Update
+from ares_jax.training.update import Batch, Params, Trainable, TrainState, Update, everything
 
 
 class Learner:
@@ -21,9 +21,9 @@ class Learner:
 
     def __init__(
         self, model: Qwen25VL, banned: Bool[np.ndarray, "V"], optimizer: optax.GradientTransformation, aepo: ConfigDict,
-        *, temperature: float, freeze_vision: bool,
+        *, temperature: float, trainable: Trainable = everything,
     ):  # fmt: skip
-        statistics = token_statistics(model, jnp.asarray(banned), freeze_vision=freeze_vision, temperature=temperature)
+        statistics = token_statistics(model, jnp.asarray(banned), temperature=temperature)
         self._recompute = aepo.old_log_probs == "recomputed"
         if aepo.old_log_probs not in ("sampler", "recomputed"):
             raise ValueError(f"aepo.old_log_probs={aepo.old_log_probs!r} is not one of sampler, recomputed")
@@ -54,7 +54,7 @@ class Learner:
             # A select, not a product: what stands at tokens that do not count may be infinite.
             return jnp.sum(jnp.where(counted, batch["weight"] * terms, 0.0)), sums
 
-        self._update = Update(loss, optimizer)
+        self._update = Update(loss, optimizer, trainable)
         self._log_probs = jax.jit(lambda params, batch: statistics(params, batch)[0])
 
     def update(

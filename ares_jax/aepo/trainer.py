@@ -27,7 +27,7 @@ from ares_jax.evaluation.harness import evaluate, overall_accuracy
 from ares_jax.metrics import MetricsWriter, read_jsonl, write_atomic
 from ares_jax.sampling.requests import derive_seed, rollout_request
 from ares_jax.sampling.trajectory import RolloutGroup
-from ares_jax.training import initial_state, make_optimizer
+from ares_jax.training import initial_state, make_optimizer, trainable
 from ares_jax.workspace import Workspace, host, take
 from data_pipeline.images import to_data_url
 from data_pipeline.packing import pack
@@ -56,13 +56,14 @@ class Trainer:
             self.config.optimizer, learning_rate=a.learning_rate, steps=a.steps * a.minibatches,
             warmup_steps=a.warmup_steps,
         )  # fmt: skip
+        trained = trainable(self.config.optimizer)
         self.learner = Learner(
             workspace.model,
             workspace.banned,
             optimizer,
             a,
             temperature=self.config.sampler.temperature,
-            freeze_vision=self.config.optimizer.freeze_vision,
+            trainable=trained,
         )
         self.folder = workspace.folder / "aepo"
         self.prompts = make_iterator(workspace.problems("train"), workspace.encoder, seed=self.config.seed + 1)
@@ -77,7 +78,7 @@ class Trainer:
         # Behind the last batch learnt from: one in flight is lost when the run is killed, and drawn again.
         self.prompt_position = self.prompts.get_state()
         if self.iteration:
-            template = jax.eval_shape(lambda p: initial_state(p, optimizer), to_flat(workspace.model))
+            template = jax.eval_shape(lambda p: initial_state(p, optimizer, trained), to_flat(workspace.model))
             params, rest, extra = self.checkpoints.restore(self.iteration, template.params, template._replace(params={}))
             self.train_state = rest._replace(params=params)
             self.state = aepo_state.from_json(extra["aepo"])
@@ -87,7 +88,7 @@ class Trainer:
         else:
             # A copy: the update donates its buffers, and the reference keeps these.
             own = jax.tree.map(lambda x: x.copy(), start)
-            self.train_state = initial_state(own, optimizer)
+            self.train_state = initial_state(own, optimizer, trained)
             self.state = aepo_state.initial_state(a)
         self.writer = MetricsWriter(self.folder, self.iteration if self.iteration else -1)
         rollouts = self.folder / "rollouts.jsonl"

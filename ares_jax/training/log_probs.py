@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -14,20 +13,16 @@ from kernels import token_log_probs_and_entropy
 TokenStatistics = Callable[[Params, Batch], tuple[Float[Array, "B T"], Float[Array, "B T"]]]
 
 
-def token_statistics(
-    model: Qwen25VL, banned: Bool[Array, "V"], *, freeze_vision: bool, temperature: float = 1.0
-) -> TokenStatistics:
+def token_statistics(model: Qwen25VL, banned: Bool[Array, "V"], *, temperature: float = 1.0) -> TokenStatistics:
     """Returns `f(params, batch) -> (log_probs [B, T], entropies [B, T])`, in nats, pure and differentiable in `params`.
 
     The value at t concerns the token at t, drawn from the distribution that the tokens before it give; it means nothing at
     padding and at the first token of a segment. Segments may be trees (`data_pipeline.tree_segments`). `banned` tokens are
-    outside the distribution, as they are in the sampler. With `freeze_vision` no gradient reaches the vision tower.
+    outside the distribution, as they are in the sampler.
     `model` gives the structure (it may be abstract); `batch` holds the arrays of `data_pipeline.packing.pack`.
     """
 
     def statistics(params, batch):
-        if freeze_vision:
-            params = {n: jax.lax.stop_gradient(p) if n.startswith("visual.") else p for n, p in params.items()}
         policy = with_params(model, params)
         vision = VisionInputs(
             batch["patches"], batch["patch_positions"], batch["patch_window_ids"], batch["patch_frame_ids"]

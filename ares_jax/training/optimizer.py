@@ -1,7 +1,14 @@
 """AdamW with gradient clipping and a learning-rate schedule."""
 
+from collections.abc import Callable
+
 import optax
 from ml_collections import ConfigDict
+
+
+def trainable(optimizer: ConfigDict) -> Callable[[str], bool]:
+    """Returns which parameters, by name, the section `optimizer` of the config trains."""
+    return lambda name: not (optimizer.freeze_vision and name.startswith("visual."))
 
 
 def make_optimizer(
@@ -22,8 +29,7 @@ def make_optimizer(
     schedule = optax.join_schedules([warmup, after], [warmup_steps]) if warmup_steps else after
 
     def decayed(params):  # matrices only, neither biases nor norm gains; a stacked layer adds one axis to each
-        matrix = {name: leaf.ndim >= (3 if ".layers." in name else 2) for name, leaf in params.items()}
-        return {name: flag and not (optimizer.freeze_vision and name.startswith("visual.")) for name, flag in matrix.items()}
+        return {name: leaf.ndim >= (3 if ".layers." in name else 2) for name, leaf in params.items()}
 
     return optax.chain(
         optax.clip_by_global_norm(optimizer.clip_norm),

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 Params = dict[str, jax.Array]
 Batch = dict[str, jax.Array]
+Trainable = Callable[[str], bool]  # of the parameter with this name
 LossFn = Callable[[Params, Batch], tuple[Float[Array, ""], dict[str, jax.Array]]]
 
 
@@ -22,10 +23,16 @@ class TrainState(NamedTuple):
     skipped: Int[Array, ""]  # updates left out because a gradient was not finite
 
 
-def initial_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Returns the state before the first update."""
+def everything(name: str) -> bool:
+    """Trains every parameter."""
+    return True
+
+
+def initial_state(params: Params, optimizer: optax.GradientTransformation, trainable: Trainable = everything) -> TrainState:
+    """Returns the state before the first update; only trainable parameters have moments."""
+    moments = jax.jit(optimizer.init)(_split(params, trainable)[0])
     # Two counters, two buffers: a donated buffer must not be given twice.
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params), jnp.zeros((), jnp.int32))
+    return TrainState(jnp.zeros((), jnp.int32), params, moments, jnp.zeros((), jnp.int32))
 
 
 class Update:
@@ -33,24 +40,30 @@ class Update:
 
     `loss(params, batch) -> (value, metrics)` must be normalised by the caller over the whole update, so that the
     sum over micro-batches *is* the loss of the batch; `metrics` are sums too. A gradient that is not finite leaves the
-    state as it was, except `skipped`.
+    state as it was, except `skipped`. Parameters that are not `trainable` have neither gradient nor moments.
     """
 
-    def __init__(self, loss: LossFn, optimizer: optax.GradientTransformation):
+    def __init__(self, loss: LossFn, optimizer: optax.GradientTransformation, trainable: Trainable = everything):
         def first(params, batch):
-            (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
+            trained, fixed = _split(params, trainable)
+            value_and_grad = jax.value_and_grad(lambda own: loss({**fixed, **own}, batch), has_aux=True)
+            (value, metrics), grads = value_and_grad(trained)
             return grads, {"loss": value, **metrics}
 
         def more(total, params, batch):
             return jax.tree.map(jnp.add, total, first(params, batch))
 
         def apply(state, grads):
-            norm = optax.global_norm(grads)
+            norm = optax.tree.norm(grads)
             finite = jnp.isfinite(norm)
-            updates, moments = optimizer.update(grads, state.optimizer, state.params)
-            changed = TrainState(state.step + 1, optax.apply_updates(state.params, updates), moments, state.skipped)
-            kept = TrainState(state.step + 1, state.params, state.optimizer, state.skipped + 1)
-            return jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept), norm
+            trained, fixed = _split(state.params, trainable)
+            updates, moments = optimizer.update(grads, state.optimizer, trained)
+            changed = optax.apply_updates(trained, updates), moments
+            kept = trained, state.optimizer
+            trained, moments = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
+            skipped = state.skipped + jnp.where(finite, 0, 1)
+            params = {name: trained.get(name, fixed.get(name)) for name in state.params}
+            return TrainState(state.step + 1, params, moments, skipped), norm
 
         self._first = jax.jit(first)
         self._more = jax.jit(more, donate_argnums=0)
@@ -69,3 +82,8 @@ class Update:
         grads, metrics = total
         state, norm = self._apply(state, grads)
         return state, {**metrics, "grad_norm": norm, "skipped": state.skipped}
+
+
+def _split(params: Params, trainable: Trainable) -> tuple[Params, Params]:
+    trained = {name: value for name, value in params.items() if trainable(name)}
+    return trained, {name: value for name, value in params.items() if name not in trained}

@@ -62,14 +62,14 @@ def step(scored, config, *, rows, row_tokens=96, learning_rate=None, trees=True)
     # Plain descent where updates are compared: Adam's first step is the sign of the gradient, noise where it is near 0.
     adam = make_optimizer(config.optimizer, learning_rate=learning_rate or 0.0, steps=1)
     optimizer = adam if learning_rate else optax.sgd(1.0)
-    learner = Learner(digits.model(), BANNED, optimizer, config.aepo, temperature=1.0, freeze_vision=False)
+    learner = Learner(digits.model(), BANNED, optimizer, config.aepo, temperature=1.0)
     params = jax.tree.map(lambda x: x.copy(), to_flat(digits.model()))
     after, metrics = learner.update(train_state(params, optimizer), batches, to_flat(digits.model()))
     return after, metrics, batches
 
 
 def gained(params, batches):
-    statistics = jax.jit(token_statistics(digits.model(), jnp.array(BANNED), freeze_vision=False))
+    statistics = jax.jit(token_statistics(digits.model(), jnp.array(BANNED)))
     total = 0.0
     for batch in batches:
         change = np.asarray(statistics(params, batch)[0]) - batch["old_log_prob"]
@@ -145,7 +145,7 @@ def test_the_reference_may_live_on_the_host_or_not_at_all(scored):
     def update(reference):
         state = initial_state(aepo().aepo)._replace(tau_high=np.array(5.4))
         batches = pack(learner_segments(scored, state, aepo().aepo, row_tokens=96), rows=16, row_tokens=96, row_patches=48)
-        learner = Learner(digits.model(), BANNED, optax.sgd(1.0), aepo().aepo, temperature=1.0, freeze_vision=False)
+        learner = Learner(digits.model(), BANNED, optax.sgd(1.0), aepo().aepo, temperature=1.0)
         params = jax.tree.map(lambda x: 0.9 * x, to_flat(digits.model()))
         return learner.update(train_state(params, optax.sgd(1.0)), batches, reference)
 

@@ -18,7 +18,7 @@ def test_the_sharded_forward_is_the_single_device_one(data, fsdp, tensor):
     mesh = make_mesh(data=data, fsdp=fsdp, tensor=tensor)
     segments = [example(p, np.arange(20, 30, dtype=np.int32)) for p in digits.prompts(8)]
     (batch,) = pack(segments, row_tokens=64, row_patches=48, rows=8)
-    statistics = jax.jit(token_statistics(digits.model(), np.zeros(digits.VOCABULARY, bool), freeze_vision=False))
+    statistics = jax.jit(token_statistics(digits.model(), np.zeros(digits.VOCABULARY, bool)))
     params = to_flat(digits.model())
     shardings = param_shardings(digits.model(), mesh)
     sharded = {name: jax.device_put(value, shardings[name]) for name, value in params.items()}

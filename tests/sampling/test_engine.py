@@ -31,7 +31,7 @@ def statistics_of(prompt, token_ids, temperature):
     segment = example(prompt, token_ids)
     (batch,) = pack([segment], row_tokens=len(segment.token_ids), row_patches=48, rows=1)
     banned = jnp.arange(digits.VOCABULARY) >= len(digits.encoder().tokenizer)
-    statistics = token_statistics(digits.model(), banned, freeze_vision=False, temperature=temperature)
+    statistics = token_statistics(digits.model(), banned, temperature=temperature)
     log_probs, entropies = statistics(to_flat(digits.model()), batch)
     return np.asarray(log_probs[0, -len(token_ids) :]), np.asarray(entropies[0, -len(token_ids) :])
 
