@@ -124,7 +124,8 @@ def open_workspace(config: ConfigDict, folder: Path) -> Workspace:
     words = read_words(Path(config.aepo.trigger_words)) if config.aepo.trigger_words else WORDS
     trigger[: len(strings)] = trigger_mask(strings, words)
     model = abstract_model(model_config, **_types(config))
-    return Workspace(config, folder, PromptEncoder(text, pixels), model, banned, trigger)
+    encoder = PromptEncoder(text, pixels, tokens_per_second=model_config.vision.tokens_per_second)
+    return Workspace(config, folder, encoder, model, banned, trigger)
 
 
 def _model_config(config: ConfigDict, text) -> Qwen25VLConfig:

@@ -1,4 +1,7 @@
-"""A problem, and the arrays of its prompt: token ids with expanded image placeholders, pixel patches, positions."""
+"""A problem, and the arrays of its prompt: token ids with expanded image placeholders, pixel patches, positions.
+
+A prompt is never cut: one that is too long is refused by the limits of sampler and learner, whole.
+"""
 
 from dataclasses import dataclass
 
@@ -7,6 +10,7 @@ from jaxtyping import Float, Int, UInt8
 
 from data_pipeline.errors import DataError
 from data_pipeline.mrope import mrope_positions
+from data_pipeline.videos import Video, video_patches
 
 
 @dataclass(frozen=True)
@@ -20,11 +24,12 @@ class Problem:
     images: tuple[UInt8[np.ndarray, "H W 3"], ...]
     answer: str
     responses: tuple[str, ...] = ()  # teacher traces, may be empty
+    videos: tuple[Video, ...] = ()  # stand after the images
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A problem as the model reads it. P patches of I images; T tokens, placeholders expanded."""
+    """A problem as the model reads it. P patches of I images and videos; T tokens, placeholders expanded."""
 
     problem_id: str
     source: str
@@ -34,53 +39,88 @@ class Prompt:
     images: tuple[UInt8[np.ndarray, "H W 3"], ...]
     token_ids: Int[np.ndarray, "T"]
     patches: Float[np.ndarray, "P 1176"]
-    grid_thw: Int[np.ndarray, "I 3"]  # frames, rows and columns of patches
+    grid_thw: Int[np.ndarray, "I 3"]  # images, then videos: pairs of frames, rows and columns of patches
     positions: Int[np.ndarray, "3 T"]  # mRoPE: time, height, width
     rope_delta: int  # the token at index i >= T has position i + rope_delta
 
 
 class PromptEncoder:
-    """Turns a `Problem` into a `Prompt` with the tokenizer's chat template and the image processor."""
+    """Turns a `Problem` into a `Prompt` with the tokenizer's chat template and the image processor.
 
-    def __init__(self, tokenizer, image_processor):
+    `tokens_per_second` is the model's: mRoPE positions that a second of video takes.
+    """
+
+    def __init__(self, tokenizer, image_processor, *, tokens_per_second: int = 2):
         self.tokenizer = tokenizer
         self.image_processor = image_processor
-        self._image_pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        self.tokens_per_second = tokens_per_second
+        self._image_pad, self._video_pad = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
 
     def __call__(self, problem: Problem) -> Prompt:
-        """Raises `DataError`, naming the problem and both counts, where placeholders and image features do not match."""
-        patches, grid_thw = self._pixels(problem)
-        content = [{"type": "image"} for _ in problem.images] + [{"type": "text", "text": problem.question}]
+        """Raises `DataError`, naming the problem, the sizes and both counts, where placeholders and images do not match."""
+        patches, grid_thw, seconds = self._pixels(problem)
+        content = [{"type": "image"} for _ in problem.images] + [{"type": "video"} for _ in problem.videos]
         text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            [{"role": "user", "content": [*content, {"type": "text", "text": problem.question}]}],
+            tokenize=False,
+            add_generation_prompt=True,
         )
-        token_ids = self._expand(np.array(self.tokenizer.encode(text), np.int32), grid_thw, problem)
-        positions, rope_delta = mrope_positions(token_ids, grid_thw, image_token_id=self._image_pad)
+        token_ids = self._expand(self._encode(text), grid_thw, problem)
+        positions, rope_delta = mrope_positions(
+            token_ids, grid_thw, image_token_id=self._image_pad, video_token_id=self._video_pad, seconds_per_grid=seconds,
+            tokens_per_second=self.tokens_per_second, problem_id=problem.problem_id,
+        )  # fmt: skip
         return Prompt(
             problem.problem_id, problem.source, problem.level, problem.question, problem.answer, problem.images,
             token_ids, patches, grid_thw, positions, rope_delta,
         )  # fmt: skip
 
     def encode_response(self, response: str) -> Int[np.ndarray, "N"]:
-        """Returns the tokens of a response, the end-of-turn token included."""
-        return np.array([*self.tokenizer.encode(response), self.tokenizer.eos_token_id], np.int32)
+        """Returns the tokens of a response, the end-of-turn token included. Raises `DataError` if it draws an image."""
+        token_ids = np.append(self._encode(response), np.int32(self.tokenizer.eos_token_id))
+        if places := int(self._is_placeholder(token_ids).sum()):
+            raise DataError(f"response {response[:40]!r}: {places} image tokens for 0 image features; take them out of it")
+        return token_ids
+
+    def _encode(self, text: str) -> Int[np.ndarray, "N"]:
+        return np.array(self.tokenizer.encode(text, add_special_tokens=False), np.int32)
+
+    def _is_placeholder(self, token_ids):
+        return (token_ids == self._image_pad) | (token_ids == self._video_pad)
 
     def _pixels(self, problem: Problem):
-        if not problem.images:
-            return np.zeros((0, 1176), np.float32), np.zeros((0, 3), np.int32)
-        features = self.image_processor(list(problem.images), return_tensors="np")
-        return features["pixel_values"].astype(np.float32), features["image_grid_thw"].astype(np.int32)
+        """Returns patches, grids and the seconds a grid covers, images before videos."""
+        patches, grids = [np.zeros((0, 1176), np.float32)], [np.zeros((0, 3), np.int32)]
+        seconds = [0.0] * len(problem.images)
+        try:
+            if problem.images:
+                features = self.image_processor(list(problem.images), return_tensors="np", input_data_format="channels_last")
+                patches.append(features["pixel_values"].astype(np.float32))
+                grids.append(features["image_grid_thw"].astype(np.int32))
+            for video in problem.videos:
+                pixels, grid, duration = video_patches(self.image_processor, video)
+                patches.append(pixels)
+                grids.append(grid[None])
+                seconds.append(duration)
+        except ValueError as error:  # a strip that no scaling brings between the limits
+            raise DataError(f"problem {problem.problem_id}: images of {_sizes(problem)}: {error}; crop them") from None
+        return np.concatenate(patches), np.concatenate(grids), np.array(seconds, np.float32)
 
     def _expand(self, token_ids, grid_thw, problem: Problem):
-        merge = self.image_processor.merge_size**2
-        counts = (grid_thw.prod(axis=1) // merge).tolist()
-        places = int((token_ids == self._image_pad).sum())
-        if places != len(counts):
-            sizes = [image.shape[:2] for image in problem.images]
+        """Repeats each placeholder once for every feature of its image."""
+        counts = grid_thw.prod(axis=1) // self.image_processor.merge_size**2
+        is_placeholder = self._is_placeholder(token_ids)
+        expected = [self._image_pad] * len(problem.images) + [self._video_pad] * len(problem.videos)
+        if token_ids[is_placeholder].tolist() != expected:
             raise DataError(
-                f"problem {problem.problem_id}: {places} image placeholders for {len(counts)} images of sizes {sizes}; "
-                "an image placeholder must not stand in the question's text"
+                f"problem {problem.problem_id}: {int(is_placeholder.sum())} image placeholders for {len(expected)} images "
+                f"of {_sizes(problem)}; an image placeholder must not stand in the question's text"
             )
         repeats = np.ones(len(token_ids), int)
-        repeats[token_ids == self._image_pad] = counts
+        repeats[is_placeholder] = counts
         return np.repeat(token_ids, repeats)
+
+
+def _sizes(problem: Problem) -> str:
+    sizes = [image.shape[:2] for image in problem.images] + [video.frames[0].shape[:2] for video in problem.videos]
+    return f"sizes {sizes} (height, width)"

@@ -21,6 +21,8 @@ from ares_jax.sampling.branching import select_branches
 from ares_jax.sampling.pages import OutOfPages, PagePool
 from ares_jax.sampling.programs import Programs, Rows, leaf_keys
 from ares_jax.sampling.trajectory import RolloutGroup, RolloutRequest, Trajectory
+from data_pipeline.errors import DataError
+from data_pipeline.placeholders import vision_spans
 from data_pipeline.vision_layout import vision_layout
 
 
@@ -105,7 +107,8 @@ class Engine:
         self._totals = collections.Counter(prefilled=0, decoded=0, groups=0, preempted=0, calls=0)
 
     def submit(self, request: RolloutRequest) -> int:
-        """Queues a request and returns its number. Raises `UserError` if it can never fit."""
+        """Queues a request and returns its number. Raises `UserError` if it can never fit, or its image tokens
+        and image features do not match."""
         o, tokens = self.options, len(request.token_ids)
         context = tokens + request.max_new_tokens
         limits = [
@@ -124,6 +127,15 @@ class Engine:
                 f"group_size={request.group_size}, root_leaves={request.root_leaves}; need a prompt, a token to draw and "
                 "1 <= root_leaves <= group_size"
             )
+        if (patches := int(request.grid_thw.prod(axis=1).sum())) != len(request.patches):
+            raise UserError(f"problem {request.problem_id}: {len(request.patches)} image patches, grid_thw says {patches}")
+        c = self._model.config
+        try:
+            vision_spans(
+                request.token_ids, request.grid_thw, {c.image_token_id, c.video_token_id}, problem_id=request.problem_id
+            )
+        except DataError as error:
+            raise UserError(str(error)) from None
         number, self._next = self._next, self._next + 1
         self._queue.append((number, request))
         return number

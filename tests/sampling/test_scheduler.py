@@ -97,7 +97,7 @@ def new_engine(pages=PAGES, slots=SLOTS):
 
 
 def request(length=5, seed=0, group_size=4, root_leaves=2, max_new_tokens=12, tau_high=TAU, per_sequence=2):
-    tokens = (np.arange(length) * 7 + seed) % 16
+    tokens = (np.arange(length) * 7 + seed) % 12  # 12 and 13 are the image and video placeholders
     return RolloutRequest(
         f"{length}/{seed}", tokens.astype(np.int32), np.zeros((0, 1176), np.float32), np.zeros((0, 3), np.int32),
         np.broadcast_to(np.arange(length), (3, length)), 0, seed, group_size, root_leaves, per_sequence, tau_high,

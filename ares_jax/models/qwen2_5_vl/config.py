@@ -65,6 +65,10 @@ class VisionConfig:
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
 
+# Every published checkpoint has these; `data_pipeline` cuts images into patches and windows by them.
+_PIXELS = {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 112, "in_channels": 3}
+
+
 @dataclass(frozen=True)
 class Qwen25VLConfig:
     """The whole model."""
@@ -82,19 +86,28 @@ class Qwen25VLConfig:
         """Reads `config.json`: both the flat layout of the published checkpoints and the newer nested `text_config`.
 
         Raises:
-          UserError: another model type, or a missing field.
+          UserError: another model type, a missing field, or a variant whose arithmetic is not implemented.
         """
         if config.get("model_type") != "qwen2_5_vl":
             raise UserError(f"config.json: model_type is {config.get('model_type')!r}; only 'qwen2_5_vl' is supported")
         text = {**config, **(config.get("text_config") or {})}
         vision = config.get("vision_config") or {}
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        for name, value, supported in (
+            ("text rope type", rope.get("rope_type", rope.get("type", "default")), ("default", "mrope")),
+            ("use_sliding_window", bool(text.get("use_sliding_window")), (False,)),
+            ("text hidden_act", text.get("hidden_act", "silu"), ("silu",)),
+            ("vision hidden_act", vision.get("hidden_act", "silu"), ("silu",)),
+            *((f"vision {name}", vision.get(name, value), (value,)) for name, value in _PIXELS.items()),
+        ):
+            if value not in supported:
+                raise UserError(f"config.json: {name} is {value!r}; only {' or '.join(map(repr, supported))} is supported")
         try:
             return Qwen25VLConfig(
                 TextConfig(
                     text["vocab_size"], text["hidden_size"], text["intermediate_size"], text["num_hidden_layers"],
                     text["num_attention_heads"], text["num_key_value_heads"], tuple(rope["mrope_section"]),
-                    float(rope.get("rope_theta") or text.get("rope_theta", 1e6)), text.get("rms_norm_eps", 1e-6),
+                    float(rope.get("rope_theta") or text.get("rope_theta", 1e6)), text.get("rms_norm_eps", 1e-5),
                     text.get("max_position_embeddings", 128_000),
                 ),
                 VisionConfig(
@@ -102,7 +115,7 @@ class Qwen25VLConfig:
                     tuple(vision.get("fullatt_block_indexes", (7, 15, 23, 31))), vision.get("patch_size", 14),
                     vision.get("temporal_patch_size", 2), vision.get("spatial_merge_size", 2),
                     vision.get("window_size", 112), vision.get("in_channels", vision.get("in_chans", 3)),
-                    vision.get("tokens_per_second", 2),
+                    vision.get("tokens_per_second", 4),
                 ),
                 config["image_token_id"], config["video_token_id"], config["vision_start_token_id"],
                 config["vision_end_token_id"],
