@@ -153,11 +153,11 @@ def torch_config(shape: Shape, *, text: dict | None = None, vision: dict | None 
     )  # fmt: skip
 
 
-def make_pair(folder, shape: Shape) -> Pair:
+def make_pair(folder, shape: Shape, *, noise: float = 0.1) -> Pair:
     torch.manual_seed(0)
     model = Qwen2_5_VLForConditionalGeneration(torch_config(shape)).float().eval()
     with torch.no_grad():  # biases start at 0 and norms at 1: make every parameter matter
         for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+            parameter.add_(noise * torch.randn_like(parameter))
     model.save_pretrained(folder)
     return Pair(model, folder)

@@ -16,7 +16,8 @@ NEVER = [IMAGE, VIDEO, START, END]
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    return make_pair(tmp_path_factory.mktemp("pair") / "hf", Shape())
+    # With weights this large a greedy continuation wanders; with smaller ones it repeats a token.
+    return make_pair(tmp_path_factory.mktemp("pair") / "hf", Shape(tied=False, kv_heads=1), noise=0.3)
 
 
 def request(name, prompt, **changes) -> RolloutRequest:
@@ -36,10 +37,11 @@ def new_engine(model, eos) -> Engine:
 
 
 def theirs_generated(pair, prompt, eos):
+    inputs = prompt.for_torch()
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])  # else every token equal to the padding is masked
     out = pair.theirs.generate(
-        **prompt.for_torch(), max_new_tokens=LENGTH, do_sample=False, suppress_tokens=NEVER, eos_token_id=eos,
-        pad_token_id=0,
-    )  # fmt: skip
+        **inputs, max_new_tokens=LENGTH, do_sample=False, suppress_tokens=NEVER, eos_token_id=eos, pad_token_id=0
+    )
     return out[0, len(prompt.tokens) :].numpy()
 
 
@@ -48,7 +50,7 @@ def test_64_greedy_tokens_of_every_kind_of_prompt(pair):
     groups = new_engine(pair.ours, END).generate([request(name, prompt) for name, prompt in prompts.items()])
     expected = {name: theirs_generated(pair, prompt, END) for name, prompt in prompts.items()}
     for (name, other), group in zip(expected.items(), groups, strict=True):
-        assert len(other) == LENGTH and len(set(other.tolist())) > 3, other
+        assert len(other) == LENGTH and len(set(other.tolist())) > 20, other
         np.testing.assert_array_equal(group.leaves[0].token_ids, other, err_msg=name)
     # Half as many tokens with an end-of-turn token that one of them does draw.
     eos = int(expected["image"][LENGTH // 2])

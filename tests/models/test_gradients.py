@@ -36,10 +36,6 @@ def test_gradients_of_every_parameter(tmp_path, shape, remat):
     theirs = {name: p.grad.numpy() for name, p in pair.theirs.named_parameters()}
 
     assert set(ours) == set(theirs)
-    scale = max(np.abs(grad).max() for grad in theirs.values())
     for name, expected in theirs.items():
-        if name.endswith("k_proj.bias"):  # moves all scores of a query alike, save for rotation: what is left is small
-            np.testing.assert_allclose(ours[name], expected, rtol=1e-3, atol=1e-6 * scale, err_msg=name)
-            continue
         error, norm = np.linalg.norm(ours[name] - expected), np.linalg.norm(expected)
         assert norm > 0 and error < 1e-3 * norm, (name, error, norm)
