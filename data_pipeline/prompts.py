@@ -10,7 +10,7 @@ from jaxtyping import Float, Int, UInt8
 
 from data_pipeline.errors import DataError
 from data_pipeline.mrope import mrope_positions
-from data_pipeline.videos import Video, video_patches
+from data_pipeline.videos import video_patches
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Problem:
     images: tuple[UInt8[np.ndarray, "H W 3"], ...]
     answer: str
     responses: tuple[str, ...] = ()  # teacher traces, may be empty
-    videos: tuple[Video, ...] = ()  # stand after the images
+    videos: tuple[UInt8[np.ndarray, "F H W 3"], ...] = ()  # stand after the images
+    video_fps: tuple[float, ...] = ()  # frames a second of each video; empty: 2
 
 
 @dataclass(frozen=True)
@@ -91,19 +92,23 @@ class PromptEncoder:
     def _pixels(self, problem: Problem):
         """Returns patches, grids and the seconds a grid covers, images before videos."""
         patches, grids = [np.zeros((0, 1176), np.float32)], [np.zeros((0, 3), np.int32)]
-        seconds = [0.0] * len(problem.images)
+        rates = problem.video_fps or (2.0,) * len(problem.videos)
+        if len(rates) != len(problem.videos) or min(rates, default=1) <= 0:
+            raise DataError(
+                f"problem {problem.problem_id}: video_fps {rates} for {len(problem.videos)} videos; one above 0 each"
+            )
         try:
             if problem.images:
                 features = self.image_processor(list(problem.images), return_tensors="np", input_data_format="channels_last")
                 patches.append(features["pixel_values"].astype(np.float32))
                 grids.append(features["image_grid_thw"].astype(np.int32))
             for video in problem.videos:
-                pixels, grid, duration = video_patches(self.image_processor, video)
+                pixels, grid = video_patches(self.image_processor, video)
                 patches.append(pixels)
-                grids.append(grid[None])
-                seconds.append(duration)
+                grids.append(grid)
         except ValueError as error:  # a strip that no scaling brings between the limits
             raise DataError(f"problem {problem.problem_id}: images of {_sizes(problem)}: {error}; crop them") from None
+        seconds = [0.0] * len(problem.images) + [self.image_processor.temporal_patch_size / rate for rate in rates]
         return np.concatenate(patches), np.concatenate(grids), np.array(seconds, np.float32)
 
     def _expand(self, token_ids, grid_thw, problem: Problem):
@@ -122,5 +127,5 @@ class PromptEncoder:
 
 
 def _sizes(problem: Problem) -> str:
-    sizes = [image.shape[:2] for image in problem.images] + [video.frames[0].shape[:2] for video in problem.videos]
+    sizes = [image.shape[:2] for image in problem.images] + [video.shape[1:3] for video in problem.videos]
     return f"sizes {sizes} (height, width)"

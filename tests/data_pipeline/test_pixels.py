@@ -9,7 +9,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from data_pipeline.errors import DataError
 from data_pipeline.prompts import Problem, PromptEncoder
 from data_pipeline.tokenizer import load_processors, make_image_processor, save_processors
-from data_pipeline.videos import Video, video_patches
+from data_pipeline.videos import video_patches
 from tests import digits
 
 LIMITS = 262_144, 4_194_304  # upstream's
@@ -77,18 +77,17 @@ def their_video(frames, limits):
 @pytest.mark.parametrize("count, size", [(4, (60, 100)), (5, (84, 56)), (1, (30, 40))])
 def test_videos(count, size):
     rng, limits = np.random.default_rng(3), (784 * 2, 784 * 16)
-    frames = [picture(rng, *size) for _ in range(count)]
-    patches, grid, seconds = video_patches(make_image_processor(*limits), Video(frames, fps=8.0))
-    expected, shape = their_video(frames, limits)
-    np.testing.assert_array_equal(grid, shape)
+    frames = np.stack([picture(rng, *size) for _ in range(count)])
+    patches, grid = video_patches(make_image_processor(*limits), frames)
+    expected, shape = their_video(list(frames), limits)
+    np.testing.assert_array_equal(grid, [shape])
     np.testing.assert_allclose(patches, expected, atol=1e-6)
-    assert seconds == 0.25
 
 
 def test_a_prompt_with_image_and_video_and_its_time():
     rng = np.random.default_rng(4)
-    video = Video([picture(rng, 56, 84) for _ in range(6)], fps=1.0)
-    prompt = encoder()(problem(images=(picture(rng, 56, 56),), videos=(video,)))
+    video = np.stack([picture(rng, 56, 84) for _ in range(6)])
+    prompt = encoder()(problem(images=(picture(rng, 56, 56),), videos=(video,), video_fps=(1.0,)))
     np.testing.assert_array_equal(prompt.grid_thw, [[1, 4, 4], [3, 4, 6]])
     assert len(prompt.patches) == 16 + 72
     pads = [encoder().tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>") for kind in ("image", "video")]
@@ -100,13 +99,10 @@ def test_a_prompt_with_image_and_video_and_its_time():
 def test_bad_pictures_are_named():
     with pytest.raises(DataError, match=r"problem p1: images of sizes \[\(1, 900\)\].*aspect ratio.*crop"):
         encoder()(problem(images=(picture(np.random.default_rng(0), 1, 900),)))
-    frames = [np.zeros(size, np.uint8) for size in [(28, 28, 3), (28, 56, 3)]]
-    with pytest.raises(DataError, match=r"2 frames of sizes \[\(28, 28\), \(28, 56\)\]"):
-        Video(frames)
-    with pytest.raises(DataError, match="0 frames"):
-        Video([])
-    with pytest.raises(DataError, match="at 0 frames a second"):
-        Video(frames[:1], fps=0)
+    video = np.zeros((2, 28, 28, 3), np.uint8)
+    for rates in [(0.0,), (1.0, 1.0)]:
+        with pytest.raises(DataError, match="problem p1: video_fps .* for 1 videos"):
+            encoder()(problem(videos=(video,), video_fps=rates))
 
 
 def test_processors_survive_a_folder(tmp_path):

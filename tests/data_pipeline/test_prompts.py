@@ -9,11 +9,10 @@ from transformers import Qwen2_5_VLProcessor
 from ares_jax.models.qwen2_5_vl import Qwen25VLConfig
 from data_pipeline.errors import DataError
 from data_pipeline.prompts import Problem, PromptEncoder
-from data_pipeline.videos import Video
 from tests import digits
 
 IMAGES = tuple(np.full((*size, 3), 90, np.uint8) for size in [(28, 56), (84, 84), (28, 28)])
-VIDEO = Video([np.full((56, 28, 3), shade, np.uint8) for shade in range(5)])
+VIDEO = np.stack([np.full((56, 28, 3), shade, np.uint8) for shade in range(5)])
 NUMBERED = (  # as published checkpoints do on request: another text around the placeholders, no system turn
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}Picture "
     "{{ loop.index }}: <|vision_start|><|image_pad|><|vision_end|>{% elif c.type == 'video' %}<|vision_start|>"
