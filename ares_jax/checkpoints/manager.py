@@ -8,6 +8,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from ares_jax.checkpoints.orbax_params import layer_axes
 from ares_jax.errors import UserError
 
 BEST_METRIC = "score"
@@ -37,12 +38,18 @@ class Checkpoints:
     def latest(self) -> int | None:
         return self._manager.latest_step()
 
+    def best(self) -> int | None:
+        """Returns the step of the highest score; None if none has one. Of equal ones, the newest."""
+        scores = {step: (self._manager.metrics(step) or {}).get(BEST_METRIC) for step in self.steps()}
+        return max((s for s in scores if scores[s] is not None), key=lambda s: (scores[s], s), default=None)
+
     def save(
         self, step: int, params: Mapping[str, jax.Array], optimizer: Any, extra: Any, *, score: float | None = None
     ) -> None:
         """Starts saving `step`; `score` (higher is better) makes it a candidate for the best one."""
+        chunks = {name: ocp.SaveArgs(shard_axes=layer_axes(name, value.ndim)) for name, value in params.items()}
         parts = ocp.args.Composite(
-            params=ocp.args.StandardSave(dict(params)),
+            params=ocp.args.StandardSave(dict(params), chunks),
             optimizer=ocp.args.StandardSave(optimizer),
             extra=ocp.args.JsonSave(extra),
         )
