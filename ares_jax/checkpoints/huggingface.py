@@ -111,7 +111,8 @@ class HFFolder(Weights):
         a, b = (self._open[self._file(name)].get_slice(name) for name in (head, embedding))
         rows = self.entries[head].shape[0]
         for row in range(0, rows, 4096):
-            left, right = a[row : row + 4096], b[row : row + 4096]
+            end = min(row + 4096, rows)
+            left, right = a[row:end], b[row:end]
             if left.dtype != right.dtype or left.tobytes() != right.tobytes():
                 raise UserError(
                     f"{self.where}: {head} differs from {embedding}, yet config.json ties them; "

@@ -4,6 +4,7 @@ Ours are stacked over layers and kernels are `[in, out]`; theirs are one tensor 
 a 3-D convolution.
 """
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -65,6 +66,7 @@ class Slot:
         return np.ascontiguousarray(transposed).reshape(self.shape)
 
 
+@functools.cache
 def slots(config: Qwen25VLConfig) -> dict[str, Slot]:
     """Returns every tensor of the model by its name in the newer layout, layer after layer."""
     found = {}

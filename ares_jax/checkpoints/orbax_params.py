@@ -8,7 +8,9 @@ import asyncio
 import functools
 import json
 import math
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -25,7 +27,7 @@ from ares_jax.checkpoints.folders import DESCRIPTION, read_json
 from ares_jax.checkpoints.huggingface import read_config
 from ares_jax.checkpoints.names import slots
 from ares_jax.checkpoints.params import check_flat, to_flat, with_params
-from ares_jax.checkpoints.weights import Budget, Entry, Weights
+from ares_jax.checkpoints.weights import WORKERS, Budget, Entry, Weights
 from ares_jax.errors import UserError
 from ares_jax.models.qwen2_5_vl import Qwen25VL, Qwen25VLConfig
 from ares_jax.models.qwen2_5_vl.model import abstract_model
@@ -100,16 +102,22 @@ def load_orbax(path: str | Path, *, mesh: jax.sharding.Mesh | None = None, dtype
 
 def write_orbax(weights: Weights, folder: epath.Path) -> None:
     """Writes `params` and then `huggingface.json` into `folder`. In memory: a few tensors."""
-    leaves = _leaves(weights)
+    stop = threading.Event()
+    leaves = _leaves(weights, stop)
+    pool = ThreadPoolExecutor(WORKERS)
     arrays = (jax.Array, ocp.type_handlers.ArrayHandler())  # unused, but Orbax warns without it
-    registry = ocp.type_handlers.create_type_handler_registry((_Streamed, _StreamHandler()), arrays)
+    registry = ocp.type_handlers.create_type_handler_registry((_Streamed, _StreamHandler(pool)), arrays)
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     save_args = {
         name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=layer_axes(name, len(leaf.shape)))
         for name, leaf in leaves.items()
     }
-    with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save((folder / PARAMS).absolute(), args=ocp.args.PyTreeSave(leaves, save_args))
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save((folder / PARAMS).absolute(), args=ocp.args.PyTreeSave(leaves, save_args))
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)  # nobody writes once this has returned, or raised
     tensors = {
         name: {"shape": entry.shape, "dtype": str(entry.dtype), "file": entry.file}
         for name, entry in weights.entries.items()
@@ -132,6 +140,7 @@ class _Streamed:
     sources: tuple[str, ...]
     weights: Weights
     budget: Budget
+    stop: threading.Event
 
     @property
     def ndim(self) -> int:
@@ -147,6 +156,8 @@ class _Streamed:
 
     def fill(self, store: ts.TensorStore) -> None:
         for name in self.sources:
+            if self.stop.is_set():
+                return  # another leaf failed, and the folder is about to be removed
             slot = self.weights.slots[name]
             with self.budget.take(self.weights.entries[name].nbytes):
                 value = slot.to_ours(self.weights.read(name))
@@ -155,17 +166,18 @@ class _Streamed:
 
 
 class _StreamHandler(ocp.type_handlers.NumpyHandler):
-    """Orbax's own handler of arrays, but for where the values come from."""
+    """Orbax's own handler of arrays, but for where the values come from. Threads of `pool` fill them."""
 
-    def __init__(self):
+    def __init__(self, pool: ThreadPoolExecutor):
         super().__init__(deepcopy_host_arrays=False)
+        self._pool = pool
 
     async def _open_and_write(self, value: _Streamed, tspec: dict[str, Any], ts_context: ts.Context) -> None:
         store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
-        await asyncio.to_thread(value.fill, store)
+        await asyncio.get_running_loop().run_in_executor(self._pool, value.fill, store)
 
 
-def _leaves(weights: Weights) -> dict[str, _Streamed]:
+def _leaves(weights: Weights, stop: threading.Event) -> dict[str, _Streamed]:
     budget = weights.budget()
     leaves = {}
     for ours, shape in to_flat(abstract_model(weights.config)).items():
@@ -173,7 +185,7 @@ def _leaves(weights: Weights) -> dict[str, _Streamed]:
         names = tuple(sources[layer] for layer in sorted(sources, key=lambda layer: layer or 0))
         # Layers may be stored in different types; each widens without loss, and `huggingface.json` knows the way back.
         dtype = functools.reduce(jnp.promote_types, (weights.entries[name].dtype for name in names))
-        leaves[ours] = _Streamed(shape.shape, np.dtype(dtype), names, weights, budget)
+        leaves[ours] = _Streamed(shape.shape, np.dtype(dtype), names, weights, budget, stop)
     return leaves
 
 
