@@ -105,7 +105,10 @@ class HFFolder(Weights):
             self._check_tied(self.by_new_name[HEAD], self.by_new_name[EMBEDDING])
 
     def read(self, name: str) -> np.ndarray:
-        return self._open[self._file(name)].get_tensor(name)
+        try:
+            return self._open[self._file(name)].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self.where}: tensor {name} cannot be read ({error}); copy the file again") from None
 
     def _check_tied(self, head: str, embedding: str) -> None:
         a, b = (self._open[self._file(name)].get_slice(name) for name in (head, embedding))
@@ -132,7 +135,12 @@ def write_hf(weights: Weights, folder: epath.Path, max_shard_size: int | str | N
     """
     for file, names in _shards(weights.entries, max_shard_size).items():
         with ThreadPoolExecutor(WORKERS) as pool:
-            save_file(dict(zip(names, pool.map(weights.read, names), strict=True)), folder / file, {"format": "pt"})
+            tensors = dict(zip(names, pool.map(weights.read, names), strict=True))
+        try:
+            save_file(tensors, folder / file, {"format": "pt"})
+        except SafetensorError as error:  # a full disk, most likely
+            raise OSError(str(error)) from error
+        del tensors  # before the next shard is read
     metadata = weights.index_metadata if max_shard_size is None else None
     files = _shards(weights.entries, max_shard_size)
     if metadata is not None or len(files) > 1:

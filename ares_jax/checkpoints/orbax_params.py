@@ -8,7 +8,6 @@ import asyncio
 import functools
 import json
 import math
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -102,22 +101,25 @@ def load_orbax(path: str | Path, *, mesh: jax.sharding.Mesh | None = None, dtype
 
 def write_orbax(weights: Weights, folder: epath.Path) -> None:
     """Writes `params` and then `huggingface.json` into `folder`. In memory: a few tensors."""
-    stop = threading.Event()
-    leaves = _leaves(weights, stop)
-    pool = ThreadPoolExecutor(WORKERS)
-    arrays = (jax.Array, ocp.type_handlers.ArrayHandler())  # unused, but Orbax warns without it
-    registry = ocp.type_handlers.create_type_handler_registry((_Streamed, _StreamHandler(pool)), arrays)
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    errors: list[BaseException] = []
+    leaves = _leaves(weights, errors)
     save_args = {
         name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=layer_axes(name, len(leaf.shape)))
         for name, leaf in leaves.items()
     }
-    try:
-        with ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save((folder / PARAMS).absolute(), args=ocp.args.PyTreeSave(leaves, save_args))
-    finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)  # nobody writes once this has returned, or raised
+    with ThreadPoolExecutor(WORKERS) as pool, ThreadPoolExecutor(1) as saver:
+        arrays = (jax.Array, ocp.type_handlers.ArrayHandler())  # unused, but Orbax warns without it
+        registry = ocp.type_handlers.create_type_handler_registry((_Streamed, _StreamHandler(pool)), arrays)
+        checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry))
+        arguments = ocp.args.PyTreeSave(leaves, save_args)
+        saving = saver.submit(checkpointer.save, (folder / PARAMS).absolute(), args=arguments)
+        try:
+            saving.result()
+        except BaseException as error:  # an interrupt, too: then the leaves stop, and nobody writes after this block
+            errors.append(error)
+    checkpointer.close()
+    if errors:
+        raise errors[0]
     tensors = {
         name: {"shape": entry.shape, "dtype": str(entry.dtype), "file": entry.file}
         for name, entry in weights.entries.items()
@@ -140,7 +142,7 @@ class _Streamed:
     sources: tuple[str, ...]
     weights: Weights
     budget: Budget
-    stop: threading.Event
+    errors: list[BaseException]  # of all leaves; Orbax itself would log a traceback and let the others go on writing
 
     @property
     def ndim(self) -> int:
@@ -156,13 +158,16 @@ class _Streamed:
 
     def fill(self, store: ts.TensorStore) -> None:
         for name in self.sources:
-            if self.stop.is_set():
-                return  # another leaf failed, and the folder is about to be removed
             slot = self.weights.slots[name]
             with self.budget.take(self.weights.entries[name].nbytes):
-                value = slot.to_ours(self.weights.read(name))
-                for block, part in _parts(store if slot.layer is None else store[slot.layer]):
-                    part.write(value[block].astype(self.dtype)).result()
+                if self.errors:
+                    return
+                try:
+                    value = slot.to_ours(self.weights.read(name))
+                    for block, part in _parts(store if slot.layer is None else store[slot.layer]):
+                        part.write(value[block].astype(self.dtype)).result()
+                except Exception as error:  # tensorstore calls a full disk a ValueError
+                    self.errors.append(OSError(_reason(error)) if isinstance(error, ValueError) else error)
 
 
 class _StreamHandler(ocp.type_handlers.NumpyHandler):
@@ -177,7 +182,7 @@ class _StreamHandler(ocp.type_handlers.NumpyHandler):
         await asyncio.get_running_loop().run_in_executor(self._pool, value.fill, store)
 
 
-def _leaves(weights: Weights, stop: threading.Event) -> dict[str, _Streamed]:
+def _leaves(weights: Weights, errors: list[BaseException]) -> dict[str, _Streamed]:
     budget = weights.budget()
     leaves = {}
     for ours, shape in to_flat(abstract_model(weights.config)).items():
@@ -185,7 +190,7 @@ def _leaves(weights: Weights, stop: threading.Event) -> dict[str, _Streamed]:
         names = tuple(sources[layer] for layer in sorted(sources, key=lambda layer: layer or 0))
         # Layers may be stored in different types; each widens without loss, and `huggingface.json` knows the way back.
         dtype = functools.reduce(jnp.promote_types, (weights.entries[name].dtype for name in names))
-        leaves[ours] = _Streamed(shape.shape, np.dtype(dtype), names, weights, budget, stop)
+        leaves[ours] = _Streamed(shape.shape, np.dtype(dtype), names, weights, budget, errors)
     return leaves
 
 
