@@ -19,12 +19,16 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, report")
 
 
-def run(main: Callable[[ConfigDict, Path], None]) -> None:
-    """Parses the command line and calls `main(config, workdir)`. Exits with 2 and one clear line on bad input."""
+def run(main: Callable[..., None], *, config_optional: bool = False) -> None:
+    """Parses the command line and calls `main(config, workdir)`. Exits with 2 and one clear line on bad input.
+
+    `config_optional`: without `--config` and `--workdir`, both are None.
+    """
     logging.set_verbosity(logging.WARNING)
     try:
-        config, workdir = _parse(sys.argv)
-        prepare_jax(workdir)
+        config, workdir = _parse(sys.argv, config_optional)
+        if workdir is not None:
+            prepare_jax(workdir)
         main(config, workdir)
     except (UserError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -34,7 +38,7 @@ def run(main: Callable[[ConfigDict, Path], None]) -> None:
         sys.exit(130)
 
 
-def _parse(argv: list[str]) -> tuple[ConfigDict, Path]:
+def _parse(argv: list[str], config_optional: bool) -> tuple[ConfigDict | None, Path | None]:
     config_file = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
     if config_file and not Path(config_file.split(":", 1)[0]).is_file():
         raise UserError(f"--config={config_file}: no such file; the shipped ones are in configs/")
@@ -47,6 +51,8 @@ def _parse(argv: list[str]) -> tuple[ConfigDict, Path]:
         raise UserError(f"command line: {reason[:300]} (ares_jax/config.py documents every field)") from None
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; every setting is a --flag=value")
+    if config_optional and _CONFIG.value is None and not _WORKDIR.value:
+        return None, None
     if _CONFIG.value is None:
         raise UserError("--config is missing; for the demo use --config=configs/digits_cpu.py")
     if not _WORKDIR.value:

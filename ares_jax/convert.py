@@ -1,34 +1,143 @@
-"""`python -m ares_jax.convert`: the run's newest weights as a Hugging Face folder that `transformers` loads."""
+"""`python -m ares_jax.convert`: checkpoints between Hugging Face and Orbax, and a run's actor as a Hugging Face folder.
+
+    python -m ares_jax.convert --from=hf --to=orbax --source=Qwen2.5-VL-3B --target=orbax_3b [--verify]
+    python -m ares_jax.convert --config=configs/digits_cpu.py --workdir=runs/digits [--stage=aepo] [--step=best]
+
+Memory does not grow with the model: a shard at most, and a few tensors.
+"""
 
 from pathlib import Path
 
+import jax
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict
 
 from ares_jax import cli
-from ares_jax.checkpoints import save_hf
+from ares_jax.checkpoints.folders import copy_side_files, is_remote, read_json, replacing
+from ares_jax.checkpoints.huggingface import HFFolder, write_config, write_hf
+from ares_jax.checkpoints.orbax_params import PARAMS, OrbaxParams, open_converted, write_orbax
+from ares_jax.checkpoints.verify import verify
+from ares_jax.checkpoints.weights import ModelWeights, Weights
 from ares_jax.errors import UserError
 from ares_jax.metrics import stage
-from ares_jax.workspace import STAGES, open_workspace
-from data_pipeline.tokenizer import save_processors
+from ares_jax.workspace import STAGES, Workspace, open_workspace
 
-_STAGE = flags.DEFINE_enum("stage", None, list(STAGES), "whose weights; by default the last trained stage's")
-_OUTPUT = flags.DEFINE_string("output", None, "folder to write; by default `export` in the workdir")
+_FROM = flags.DEFINE_enum("from", None, ["hf", "orbax"], "what --source is; without it, the run in --workdir is exported")
+_TO = flags.DEFINE_enum("to", None, ["hf", "orbax"], "what --target becomes")
+_SOURCE = flags.DEFINE_string("source", None, "folder to convert")
+_TARGET = flags.DEFINE_string("target", None, "folder to write; of a run, by default `export` in the workdir")
+_VERIFY = flags.DEFINE_bool(
+    "verify", False, "compare every tensor afterwards; a --target that is already there is only compared"
+)
+_STAGE = flags.DEFINE_enum("stage", None, list(STAGES), "of a run: whose weights; by default the last trained stage's")
+_STEP = flags.DEFINE_string("step", "latest", "of a run: latest, best (by validation score) or a number")
+_SHARD = flags.DEFINE_string(
+    "max_shard_size", None, "of safetensors, such as 2GB; by default the shards the weights came in, or 5GB"
+)
+_PUSH = flags.DEFINE_string("push_to", None, "repository on the Hugging Face Hub, user/name: upload the result there")
+
+_OPEN = {"hf": HFFolder, "orbax": open_converted}
 
 
-def main(config: ConfigDict, workdir: Path) -> None:
+def main(config: ConfigDict | None, workdir: Path | None) -> None:
+    if _PUSH.value and _TO.value == "orbax":
+        raise UserError("--push_to uploads Hugging Face folders; use --to=hf")
+    if config is not None and workdir is not None:
+        if _FROM.value or _TO.value or _SOURCE.value:
+            raise UserError(
+                "--from, --to and --source convert a folder, --config and --workdir a run: give one or the other"
+            )
+        target = epath.Path(_TARGET.value or workdir / "export")
+        _export_run(config, workdir, target)
+    else:
+        target = _convert_folder()
+    if _PUSH.value:
+        _push(target, _PUSH.value)
+
+
+def _convert_folder() -> epath.Path:
+    jax.config.update("jax_platforms", "cpu")  # a conversion takes no accelerator away from a run beside it
+    if not (_FROM.value and _TO.value and _SOURCE.value and _TARGET.value):
+        raise UserError(
+            "give --from, --to, --source and --target to convert a folder, or --config and --workdir to export a run"
+        )
+    source, target = epath.Path(_SOURCE.value), epath.Path(_TARGET.value)
+    there = target.exists() and any(target.iterdir())
+    if there and not _VERIFY.value:
+        raise UserError(f"--target={target}: is already there; name a new folder, or --verify to compare it with the source")
+    weights = _OPEN[_FROM.value](source)
+    if not there:
+        with replacing(target) as folder:
+            copy_side_files(source, folder)
+            if _TO.value == "hf":
+                _write_hf(weights, folder)
+            else:
+                write_orbax(weights, folder)
+        print(f"{source} converted to {target}")
+    if _VERIFY.value:
+        _report(verify(weights, _OPEN[_TO.value](target)), target)
+    return target
+
+
+def _export_run(config: ConfigDict, workdir: Path, target: epath.Path) -> None:
     workspace = open_workspace(config, workdir)
     stages = [_STAGE.value] if _STAGE.value else workspace.trained_stages()
     if not stages:
         raise UserError(f"{workdir}: no checkpoint to convert; run `python -m ares_jax.cold_start` first")
-    output = Path(_OUTPUT.value or workdir / "export")
-    with stage(workdir, "export"):
-        model = workspace.load(stages[-1])
-        if not output.exists():
-            save_processors(output, workspace.tokenizer, workspace.encoder.image_processor)
-        save_hf(model, output)
-    print(f"{stages[-1]} exported to {output}")
+    weights, name = _stage_weights(workspace, stages[-1], _STEP.value)
+    with stage(workdir, "export"), replacing(target) as folder:
+        workspace.tokenizer.save_pretrained(folder)
+        workspace.encoder.image_processor.save_pretrained(folder)
+        pretrained = epath.Path(config.model.pretrained) if config.model.pretrained else None
+        write_config(folder, weights, read_json(pretrained / "config.json") if pretrained else None)
+        _write_hf(weights, folder)
+        for others in filter(None, (pretrained, target if target.exists() else None)):
+            copy_side_files(others, folder)
+    print(f"{name} exported to {target}")
+    if _VERIFY.value:
+        _report(verify(weights, HFFolder(target)), target)
+
+
+def _stage_weights(workspace: Workspace, name: str, which: str) -> tuple[Weights, str]:
+    """Returns the actor's weights of a stage and what to call them."""
+    checkpoints = workspace.checkpoints(name)
+    steps = checkpoints.steps()
+    if not steps:
+        return ModelWeights(workspace.load(name)), name  # the base model; another stage has nothing, which `load` says
+    choices = {"latest": steps[-1], "best": checkpoints.best(), **{str(step): step for step in steps}}
+    if (step := choices.get(which)) is None:
+        there = ", ".join(map(str, steps))
+        raise UserError(f"--step={which}: no such step in {checkpoints.folder}; give latest, best or one of {there}")
+    folder = epath.Path(checkpoints.folder) / str(step) / PARAMS
+    return OrbaxParams(folder, workspace.model.config), f"{name} step {step}"
+
+
+def _write_hf(weights: Weights, folder: epath.Path) -> None:
+    if is_remote(folder):
+        raise UserError(f"--target={folder}: safetensors are written to a local folder only; copy it there afterwards")
+    write_hf(weights, folder, _SHARD.value)
+
+
+def _push(folder: epath.Path, repository: str) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True, private=True)
+        url = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="ares-jax export")
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--push_to={repository}: {reason}; the folder {folder} is complete, log in with `hf auth login`"
+        ) from None
+    print(f"uploaded to {url}")
+
+
+def _report(count: int, target: epath.Path) -> None:
+    print(f"verified: {count} tensors of {target} are the source's, bit for bit")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, config_optional=True)

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from ares_jax.aepo.trigger_words import WORDS, read_words, trigger_mask
 from ares_jax.checkpoints.huggingface import load_hf, read_config
 from ares_jax.checkpoints.manager import Checkpoints
+from ares_jax.checkpoints.orbax_params import is_converted, load_orbax
 from ares_jax.checkpoints.params import to_flat, with_params
 from ares_jax.cli import save_config
 from ares_jax.errors import UserError
@@ -61,7 +62,8 @@ class Workspace:
         """Returns the weights before any training: pretrained, or random."""
         m = self.config.model
         if m.pretrained:
-            return to_flat(load_hf(m.pretrained, dtype=jnp.dtype(m.param_dtype)))
+            load = load_orbax if is_converted(m.pretrained) else load_hf
+            return to_flat(load(m.pretrained, dtype=jnp.dtype(m.param_dtype)))
         return to_flat(new_model(self.model.config, self.config.seed, **_types(self.config)))
 
     def checkpoints(self, stage: str) -> Checkpoints:

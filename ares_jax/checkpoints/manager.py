@@ -1,5 +1,6 @@
 """Training checkpoints: one Orbax step holds parameters, optimizer state and everything else a run needs to go on."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from ares_jax.checkpoints.orbax_params import layer_axes
 from ares_jax.errors import UserError
 
 BEST_METRIC = "score"
@@ -22,13 +24,13 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, keep: int = 2):
         self.folder = folder.absolute()
-        best = checkpoint_managers.BestN(
-            get_metric_fn=lambda metrics: metrics[BEST_METRIC], n=1, keep_checkpoints_without_metrics=False
-        )
+        best = checkpoint_managers.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
         policy = checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(n=keep), best])
         self._manager = ocp.CheckpointManager(
             self.folder,
-            options=ocp.CheckpointManagerOptions(preservation_policy=policy, enable_async_checkpointing=True),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy, best_fn=_score, enable_async_checkpointing=True
+            ),
         )
 
     def steps(self) -> list[int]:
@@ -37,16 +39,22 @@ class Checkpoints:
     def latest(self) -> int | None:
         return self._manager.latest_step()
 
+    def best(self) -> int | None:
+        """Returns the step of the highest score; None if none has one. Of equal ones, the newest."""
+        scores = {step: _score(self._manager.metrics(step) or {}) for step in self.steps()}
+        return max((step for step in scores if scores[step] > -math.inf), key=lambda s: (scores[s], s), default=None)
+
     def save(
         self, step: int, params: Mapping[str, jax.Array], optimizer: Any, extra: Any, *, score: float | None = None
     ) -> None:
         """Starts saving `step`; `score` (higher is better) makes it a candidate for the best one."""
+        chunks = {name: ocp.SaveArgs(shard_axes=layer_axes(name, value.ndim)) for name, value in params.items()}
         parts = ocp.args.Composite(
-            params=ocp.args.StandardSave(dict(params)),
+            params=ocp.args.StandardSave(dict(params), chunks),
             optimizer=ocp.args.StandardSave(optimizer),
             extra=ocp.args.JsonSave(extra),
         )
-        self._manager.save(step, args=parts, metrics=None if score is None else {BEST_METRIC: score}, force=True)
+        self._manager.save(step, args=parts, metrics={} if score is None else {BEST_METRIC: score}, force=True)
 
     def restore(self, step: int, params: Mapping[str, Any], optimizer: Any) -> tuple[dict[str, jax.Array], Any, Any]:
         """Returns the three parts of `step`, laid out like the arrays (or ShapeDtypeStructs) given.
@@ -81,6 +89,10 @@ class Checkpoints:
             others = [other for other in self.steps() if other != step]
             remedy = f"remove that folder to go on from step {max(others)}" if others else "remove it to start afresh"
             raise UserError(f"checkpoint {self.folder / str(step)} cannot be read ({reason}); {remedy}") from error
+
+
+def _score(metrics: Mapping[str, float]) -> float:
+    return metrics.get(BEST_METRIC, -math.inf)
 
 
 def _abstract(tree):
