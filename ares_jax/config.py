@@ -44,6 +44,11 @@ def default_config() -> ConfigDict:
     v.num_layers, v.num_heads = 2, 2
     v.full_attention_layers = (1,)  # the others attend within windows
 
+    h = c.mesh = ConfigDict()  # how the learner's devices are used; one may be -1: what the others leave
+    h.data = 1  # parameters repeated
+    h.fsdp = -1  # parameters split, gathered layer by layer
+    h.tensor = 1  # heads, hidden units and vocabulary split
+
     d = c.data = ConfigDict()
     d.source = "digits"  # "digits", or "jsonl" with the files below
     d.train_files = ()  # JSONL of problems (data_pipeline/sources.py documents the schema)

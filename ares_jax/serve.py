@@ -7,7 +7,8 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from ares_jax import cli
-from ares_jax.checkpoints.params import with_params
+from ares_jax.models.params import with_params
+from ares_jax.parallel.sharding import make_mesh
 from ares_jax.sampling import Engine, EngineOptions
 from ares_jax.service.process import die_with
 from ares_jax.service.server import run_server
@@ -19,7 +20,7 @@ _PARENT = flags.DEFINE_integer("parent", 0, "process that started this one; the 
 
 def make_engine(config: ConfigDict, folder: Path) -> Engine:
     """Returns an engine with the weights of the run's newest stage, or the initial ones."""
-    workspace, s = open_workspace(config, folder), config.sampler
+    workspace, s = open_workspace(config, folder, mesh=make_mesh(devices=jax.devices()[:1])), config.sampler
     stages = workspace.trained_stages()
     params = workspace.params(stages[-1]) if stages else workspace.initial_params()
     options = EngineOptions(

@@ -17,11 +17,12 @@ from ares_jax.aepo.trigger_words import WORDS, read_words, trigger_mask
 from ares_jax.checkpoints.huggingface import load_hf, read_config
 from ares_jax.checkpoints.manager import Checkpoints
 from ares_jax.checkpoints.orbax_params import is_converted, load_orbax
-from ares_jax.checkpoints.params import to_flat, with_params
 from ares_jax.cli import save_config
 from ares_jax.errors import UserError
+from ares_jax.models.params import to_flat, with_params
 from ares_jax.models.qwen2_5_vl import Qwen25VL, Qwen25VLConfig, TextConfig, VisionConfig
 from ares_jax.models.qwen2_5_vl.model import abstract_model, new_model
+from ares_jax.parallel.sharding import Placement, make_mesh, place_model
 from ares_jax.service.client import RolloutClient
 from ares_jax.service.process import start_sampler
 from ares_jax.training.update import Params
@@ -39,6 +40,7 @@ class Workspace:
     folder: Path
     encoder: PromptEncoder
     model: Qwen25VL
+    placement: Placement  # of the parameters
     banned: Bool[np.ndarray, "V"]  # never sampled, and outside every normaliser: sampler and learner share it
     trigger: Bool[np.ndarray, "V"]  # V_sem
 
@@ -63,8 +65,8 @@ class Workspace:
         m = self.config.model
         if m.pretrained:
             load = load_orbax if is_converted(m.pretrained) else load_hf
-            return to_flat(load(m.pretrained, dtype=jnp.dtype(m.param_dtype)))
-        return to_flat(new_model(self.model.config, self.config.seed, **_types(self.config)))
+            return to_flat(load(m.pretrained, mesh=self.placement.mesh, dtype=jnp.dtype(m.param_dtype)))
+        return self.placement.put(to_flat(new_model(self.model.config, self.config.seed, **_types(self.config))))
 
     def checkpoints(self, stage: str) -> Checkpoints:
         return Checkpoints(self.folder / "checkpoints" / stage, keep=self.config.aepo.keep_checkpoints)
@@ -82,7 +84,7 @@ class Workspace:
         if (step := manager.latest()) is None:
             command = "train" if stage == "aepo" else "cold_start"
             raise UserError(f"{manager.folder}: no checkpoint yet; run `python -m ares_jax.{command}` first")
-        return manager.restore_params(step, to_flat(self.model))
+        return manager.restore_params(step, self.placement.abstract(to_flat(self.model)))
 
     def load(self, stage: str) -> Qwen25VL:
         """Returns the model with the newest weights of a stage."""
@@ -103,8 +105,11 @@ class Workspace:
             yield RolloutClient([process.url], patience=s.start_timeout)
 
 
-def open_workspace(config: ConfigDict, folder: Path) -> Workspace:
-    """Makes or opens the run in `folder`: its tokenizer and `config.json` are written if they are not there."""
+def open_workspace(config: ConfigDict, folder: Path, *, mesh: jax.sharding.Mesh | None = None) -> Workspace:
+    """Makes or opens the run in `folder`: its tokenizer and `config.json` are written if they are not there.
+
+    `mesh`: where parameters live; by default `config.mesh` over all devices.
+    """
     m, d = config.model, config.data
     save_config(config, folder)
     if m.pretrained:
@@ -127,7 +132,8 @@ def open_workspace(config: ConfigDict, folder: Path) -> Workspace:
     trigger[: len(strings)] = trigger_mask(strings, words)
     model = abstract_model(model_config, **_types(config))
     encoder = PromptEncoder(text, pixels, tokens_per_second=model_config.vision.tokens_per_second)
-    return Workspace(config, folder, encoder, model, banned, trigger)
+    placement = place_model(model, mesh or make_mesh(**config.mesh))
+    return Workspace(config, folder, encoder, model, placement, banned, trigger)
 
 
 def _model_config(config: ConfigDict, text) -> Qwen25VLConfig:

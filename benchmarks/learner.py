@@ -22,7 +22,7 @@ from ares_jax.aepo.learner import Learner
 from ares_jax.aepo.scoring import ScoredGroup
 from ares_jax.aepo.state import initial_state as initial_aepo
 from ares_jax.checkpoints import save_hf
-from ares_jax.checkpoints.params import with_params
+from ares_jax.models.params import with_params
 from ares_jax.sampling.trajectory import RolloutGroup, Trajectory
 from ares_jax.training import initial_state, make_optimizer, trainable
 from ares_jax.workspace import open_workspace, take
@@ -50,10 +50,12 @@ def main(config: ConfigDict, workdir: Path) -> None:
     reference = {name: 0.99 * value for name, value in params.items()}
     optimizer = make_optimizer(config.optimizer, learning_rate=1e-4, steps=100)
     trained = trainable(config.optimizer)
-    learner = Learner(workspace.model, workspace.banned, optimizer, a, temperature=1.0, trainable=trained)
+    learner = Learner(
+        workspace.model, workspace.banned, optimizer, a, workspace.placement, temperature=1.0, trainable=trained
+    )
 
     def update(segments: Sequence[Segment]):
-        own = initial_state(jax.tree.map(lambda x: x.copy(), params), optimizer, trained)
+        own = initial_state(jax.tree.map(lambda x: x.copy(), params), optimizer, place, trained)
         return learner.update(own, pack(segments, **config.packing), reference)[1]
 
     for name, segments in (("policy", params), ("reference", reference)):

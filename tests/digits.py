@@ -2,10 +2,12 @@
 
 import functools
 
+import jax
 import numpy as np
 
 from ares_jax.models.qwen2_5_vl import Qwen25VLConfig, TextConfig, VisionConfig
 from ares_jax.models.qwen2_5_vl.model import new_model
+from ares_jax.parallel.sharding import make_mesh, place_model
 from ares_jax.sampling import Engine, EngineOptions
 from data_pipeline import digits, tokenizer
 from data_pipeline.prompts import PromptEncoder
@@ -28,6 +30,10 @@ def model():
         *encoder().tokenizer.convert_tokens_to_ids(names),
     )  # fmt: skip
     return new_model(config, 0)
+
+
+def placement(*, fsdp: int = 1, tensor: int = 1):
+    return place_model(model(), make_mesh(fsdp=fsdp, tensor=tensor, devices=jax.devices()[: fsdp * tensor]))
 
 
 def prompts(count: int):

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from ares_jax.aepo.kl import per_token_kl
 from ares_jax.aepo.loss import importance_weights, surrogate_terms
 from ares_jax.models.qwen2_5_vl import Qwen25VL
+from ares_jax.parallel.sharding import Placement
 from ares_jax.training.log_probs import token_statistics
 from ares_jax.training.update import Batch, Params, Trainable, TrainState, Update, everything
 
@@ -21,7 +22,7 @@ class Learner:
 
     def __init__(
         self, model: Qwen25VL, banned: Bool[np.ndarray, "V"], optimizer: optax.GradientTransformation, aepo: ConfigDict,
-        *, temperature: float, trainable: Trainable = everything,
+        placement: Placement, *, temperature: float, trainable: Trainable = everything,
     ):  # fmt: skip
         statistics = token_statistics(model, jnp.asarray(banned), temperature=temperature)
         self._recompute = aepo.old_log_probs == "recomputed"
@@ -54,7 +55,8 @@ class Learner:
             # A select, not a product: what stands at tokens that do not count may be infinite.
             return jnp.sum(jnp.where(counted, batch["weight"] * terms, 0.0)), sums
 
-        self._update = Update(loss, optimizer, trainable)
+        self._update = Update(loss, optimizer, placement, trainable)
+        self._placement = placement
         self._log_probs = jax.jit(lambda params, batch: statistics(params, batch)[0])
 
     def update(
@@ -68,14 +70,15 @@ class Learner:
         `reference`: weights of the reference policy, on the device or on the host (they are then on the device only while
         its log-probs are computed); None: no KL term.
         """
-        micro_batches = [dict(batch) for batch in batches]
+        micro_batches = [self._placement.put_batch(batch) for batch in batches]
         fixed = {"recomputed": state.params} if self._recompute else {}
         if reference is not None:
-            fixed["reference"] = jax.device_put(reference)
+            fixed["reference"] = self._placement.put(reference)
         for name in list(fixed):
             params = fixed.pop(name)
-            for batch in micro_batches:
-                batch[name] = self._log_probs(params, batch)
+            with jax.set_mesh(self._placement.mesh):
+                for batch in micro_batches:
+                    batch[name] = self._log_probs(params, batch)
             del params
         state, metrics = self._update(state, micro_batches)
         return state, jax.device_get(metrics)

@@ -21,13 +21,13 @@ from ares_jax.aepo.filtering import keep_group, pass_rate_histogram
 from ares_jax.aepo.learner import Learner
 from ares_jax.aepo.scoring import ScoredGroup, score
 from ares_jax.aepo.windows import batch_threshold
-from ares_jax.checkpoints.params import to_flat
 from ares_jax.errors import UserError
 from ares_jax.evaluation.harness import evaluate, overall_accuracy
 from ares_jax.metrics import MetricsWriter, read_jsonl, write_atomic
+from ares_jax.models.params import to_flat
 from ares_jax.sampling.requests import derive_seed, rollout_request
 from ares_jax.sampling.trajectory import RolloutGroup
-from ares_jax.training import initial_state, make_optimizer, trainable
+from ares_jax.training import abstract_state, initial_state, make_optimizer, trainable
 from ares_jax.workspace import Workspace, host, take
 from data_pipeline.images import to_data_url
 from data_pipeline.packing import pack
@@ -62,6 +62,7 @@ class Trainer:
             workspace.banned,
             optimizer,
             a,
+            workspace.placement,
             temperature=self.config.sampler.temperature,
             trainable=trained,
         )
@@ -78,7 +79,7 @@ class Trainer:
         # Behind the last batch learnt from: one in flight is lost when the run is killed, and drawn again.
         self.prompt_position = self.prompts.get_state()
         if self.iteration:
-            template = jax.eval_shape(lambda p: initial_state(p, optimizer, trained), to_flat(workspace.model))
+            template = abstract_state(to_flat(workspace.model), optimizer, workspace.placement, trained)
             params, rest, extra = self.checkpoints.restore(self.iteration, template.params, template._replace(params={}))
             self.train_state = rest._replace(params=params)
             self.state = aepo_state.from_json(extra["aepo"])
@@ -88,7 +89,7 @@ class Trainer:
         else:
             # A copy: the update donates its buffers, and the reference keeps these.
             own = jax.tree.map(lambda x: x.copy(), start)
-            self.train_state = initial_state(own, optimizer, trained)
+            self.train_state = initial_state(own, optimizer, workspace.placement, trained)
             self.state = aepo_state.initial_state(a)
         self.writer = MetricsWriter(self.folder, self.iteration if self.iteration else -1)
         rollouts = self.folder / "rollouts.jsonl"

@@ -19,9 +19,9 @@ from safetensors.numpy import save_file
 
 from ares_jax.checkpoints.folders import INDEX, copy_side_files, is_remote, read_json, replacing
 from ares_jax.checkpoints.names import EMBEDDING, HEAD
-from ares_jax.checkpoints.params import to_flat, with_params
 from ares_jax.checkpoints.weights import WORKERS, Entry, ModelWeights, Weights
 from ares_jax.errors import UserError
+from ares_jax.models.params import to_flat, with_params
 from ares_jax.models.qwen2_5_vl import Qwen25VL, Qwen25VLConfig
 from ares_jax.models.qwen2_5_vl.model import abstract_model
 from ares_jax.parallel.sharding import param_shardings

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-from ares_jax.checkpoints.params import to_flat
+from ares_jax.models.params import to_flat
 from ares_jax.models.qwen2_5_vl import Qwen25VLConfig
 from ares_jax.models.qwen2_5_vl.model import abstract_model
 

@@ -25,9 +25,9 @@ from etils import epath
 from ares_jax.checkpoints.folders import DESCRIPTION, read_json
 from ares_jax.checkpoints.huggingface import read_config
 from ares_jax.checkpoints.names import slots
-from ares_jax.checkpoints.params import check_flat, to_flat, with_params
 from ares_jax.checkpoints.weights import WORKERS, Budget, Entry, Weights
 from ares_jax.errors import UserError
+from ares_jax.models.params import check_flat, to_flat, with_params
 from ares_jax.models.qwen2_5_vl import Qwen25VL, Qwen25VLConfig
 from ares_jax.models.qwen2_5_vl.model import abstract_model
 from ares_jax.parallel.sharding import param_shardings

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from ares_jax.checkpoints.names import EMBEDDING, HEAD, new_layout, slots
-from ares_jax.checkpoints.params import to_flat
 from ares_jax.errors import UserError
+from ares_jax.models.params import to_flat
 from ares_jax.models.qwen2_5_vl import Qwen25VL, Qwen25VLConfig
 
 WORKERS = 4  # threads that move tensors, as long as the budget of bytes lasts

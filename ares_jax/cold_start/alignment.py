@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from ares_jax.checkpoints.params import with_params
+from ares_jax.models.params import with_params
 from ares_jax.models.qwen2_5_vl import VisionInputs
 from ares_jax.training.update import Params
 from ares_jax.workspace import Workspace

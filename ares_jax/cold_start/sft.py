@@ -16,9 +16,9 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from ares_jax.aepo.kl import per_token_kl
-from ares_jax.checkpoints.params import to_flat
 from ares_jax.metrics import MetricsWriter
-from ares_jax.training import Update, initial_state, make_optimizer, trainable
+from ares_jax.models.params import to_flat
+from ares_jax.training import Update, abstract_state, initial_state, make_optimizer, trainable
 from ares_jax.training.log_probs import TokenStatistics, token_statistics
 from ares_jax.training.update import LossFn, Params
 from ares_jax.workspace import Workspace
@@ -79,9 +79,9 @@ def fine_tune(
         warmup_steps=int(config.cold_start.warmup_fraction * steps), final_fraction=0.1,
     )  # fmt: skip
     statistics = token_statistics(workspace.model, jnp.asarray(workspace.banned))
-    trained = trainable(config.optimizer)
+    trained, place = trainable(config.optimizer), workspace.placement
 
-    update = Update(fine_tuning_loss(statistics, config.cold_start.kl.estimator), optimizer, trained)
+    update = Update(fine_tuning_loss(statistics, config.cold_start.kl.estimator), optimizer, place, trained)
     reference = start() if guided else None
     reference_log_probs = jax.jit(lambda params, batch: statistics(params, batch)[0])
     checkpoints = workspace.checkpoints(stage)
@@ -89,9 +89,9 @@ def fine_tune(
     if done is None:
         # A copy: the update donates its buffers, and the reference keeps these.
         first_params = start() if reference is None else jax.tree.map(jnp.copy, reference)
-        state, tokens = initial_state(first_params, optimizer, trained), 0
+        state, tokens = initial_state(first_params, optimizer, place, trained), 0
     else:
-        template = jax.eval_shape(lambda p: initial_state(p, optimizer, trained), to_flat(workspace.model))
+        template = abstract_state(to_flat(workspace.model), optimizer, place, trained)
         params, rest, extra = checkpoints.restore(done, template.params, template._replace(params={}))
         state = rest._replace(params=params)
         batches.set_state(extra["iterator"])

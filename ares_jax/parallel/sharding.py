@@ -1,15 +1,17 @@
 """One table says over which mesh axis each logical axis of a parameter is split; nothing else in the code knows."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ares_jax.checkpoints.params import logical_axes, to_flat
 from ares_jax.errors import UserError
+from ares_jax.models.params import logical_axes, to_flat
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # rows of a batch are split over both
@@ -47,3 +49,44 @@ def param_shardings(model: nnx.Module, mesh: Mesh) -> dict[str, NamedSharding]:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of a batch: rows over `data` and `fsdp`, everything else whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where everything of a training step lives."""
+
+    mesh: Mesh
+    params: Mapping[str, NamedSharding]
+
+    def abstract(self, tree: Any) -> Any:
+        """Returns the shapes of a tree (parameters, moments, counters), each with its sharding.
+
+        What hangs under a parameter's name and has its shape lies where the parameter lies; all else is everywhere.
+        """
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+
+        def place(path, leaf):
+            name = next((key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey)), None)
+            sharding = self.params.get(name, everywhere)
+            fits = len(leaf.shape) >= len(sharding.spec)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding if fits else everywhere)
+
+        return jax.tree_util.tree_map_with_path(place, tree)
+
+    def put(self, params: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Returns the parameters on their devices."""
+        return {name: jax.device_put(value, self.params[name]) for name, value in params.items()}
+
+    def put_batch(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Returns a batch with its rows split over the mesh. Raises `UserError` if they cannot be split evenly."""
+        rows, parts = len(next(iter(batch.values()))), math.prod(self.mesh.shape[axis] for axis in BATCH)
+        if rows % parts:
+            raise UserError(
+                f"packing.rows={rows} cannot be split over mesh data x fsdp = {parts}; make it a multiple of {parts}"
+            )
+        return jax.device_put(dict(batch), batch_sharding(self.mesh))
+
+
+def place_model(model: nnx.Module, mesh: Mesh) -> Placement:
+    """Returns where the parameters of a model (which may be abstract) live on a mesh."""
+    return Placement(mesh, param_shardings(model, mesh))

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
-from ares_jax.checkpoints.params import check_flat, to_flat
 from ares_jax.errors import UserError
+from ares_jax.models.params import check_flat, to_flat
 from ares_jax.models.qwen2_5_vl import Qwen25VL, VisionInputs
 from ares_jax.sampling.branching import select_branches
 from ares_jax.sampling.pages import OutOfPages, PagePool

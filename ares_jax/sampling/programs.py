@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-from ares_jax.checkpoints.params import with_params
+from ares_jax.models.params import with_params
 from ares_jax.models.qwen2_5_vl import Qwen25VL, VisionInputs
 from kernels import WindowRing, sample_with_entropy, window_push
 

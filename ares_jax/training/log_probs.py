@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ares_jax.checkpoints.params import with_params
+from ares_jax.models.params import with_params
 from ares_jax.models.qwen2_5_vl import Qwen25VL, VisionInputs
 from ares_jax.training.update import Batch, Params
 from kernels import token_log_probs_and_entropy

@@ -1,12 +1,14 @@
 """One optimizer update from many packed micro-batches: accumulate gradients, then apply them, both jitted."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
+
+from ares_jax.parallel.sharding import Placement
 
 Params = dict[str, jax.Array]
 Batch = dict[str, jax.Array]
@@ -28,11 +30,30 @@ def everything(name: str) -> bool:
     return True
 
 
-def initial_state(params: Params, optimizer: optax.GradientTransformation, trainable: Trainable = everything) -> TrainState:
+def initial_state(
+    params: Params, optimizer: optax.GradientTransformation, placement: Placement, trainable: Trainable = everything
+) -> TrainState:
     """Returns the state before the first update; only trainable parameters have moments."""
-    moments = jax.jit(optimizer.init)(_split(params, trainable)[0])
-    # Two counters, two buffers: a donated buffer must not be given twice.
-    return TrainState(jnp.zeros((), jnp.int32), params, moments, jnp.zeros((), jnp.int32))
+    shape = abstract_state(params, optimizer, placement, trainable)._replace(params={})
+
+    def rest(trained):  # two counters, two buffers: a donated buffer must not be given twice
+        return TrainState(jnp.zeros((), jnp.int32), {}, optimizer.init(trained), jnp.zeros((), jnp.int32))
+
+    made = jax.jit(rest, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shape))(_split(params, trainable)[0])
+    return made._replace(params=params)
+
+
+def abstract_state(
+    params: Mapping[str, Any],
+    optimizer: optax.GradientTransformation,
+    placement: Placement,
+    trainable: Trainable = everything,
+) -> TrainState:
+    """Returns the shapes and shardings of the state, for parameters that may be abstract."""
+    counter = jax.ShapeDtypeStruct((), jnp.int32)
+    moments = jax.eval_shape(optimizer.init, _split(dict(params), trainable)[0])
+    state: Any = (counter, dict(params), moments, counter)
+    return placement.abstract(TrainState(*state))
 
 
 class Update:
@@ -43,11 +64,14 @@ class Update:
     state as it was, except `skipped`. Parameters that are not `trainable` have neither gradient nor moments.
     """
 
-    def __init__(self, loss: LossFn, optimizer: optax.GradientTransformation, trainable: Trainable = everything):
+    def __init__(
+        self, loss: LossFn, optimizer: optax.GradientTransformation, placement: Placement, trainable: Trainable = everything
+    ):
         def first(params, batch):
             trained, fixed = _split(params, trainable)
             value_and_grad = jax.value_and_grad(lambda own: loss({**fixed, **own}, batch), has_aux=True)
             (value, metrics), grads = value_and_grad(trained)
+            grads = {name: jax.lax.with_sharding_constraint(g, placement.params[name]) for name, g in grads.items()}
             return grads, {"loss": value, **metrics}
 
         def more(total, params, batch):
@@ -65,6 +89,7 @@ class Update:
             params = {name: trained.get(name, fixed.get(name)) for name in state.params}
             return TrainState(state.step + 1, params, moments, skipped), norm
 
+        self._placement = placement
         self._first = jax.jit(first)
         self._more = jax.jit(more, donate_argnums=0)
         self._apply = jax.jit(apply, donate_argnums=0)
@@ -72,15 +97,14 @@ class Update:
     def __call__(self, state: TrainState, micro_batches: Iterable[Batch]) -> tuple[TrainState, dict[str, jax.Array]]:
         """Returns the new state and the summed metrics, with `loss`, `grad_norm` (before clipping) and `skipped`."""
         total = None
-        for batch in micro_batches:
+        with jax.set_mesh(self._placement.mesh):
+            for micro_batch in micro_batches:
+                batch = self._placement.put_batch(micro_batch)
+                total = self._more(total, state.params, batch) if total else self._first(state.params, batch)
             if total is None:
-                total = self._first(state.params, batch)
-            else:
-                total = self._more(total, state.params, batch)
-        if total is None:
-            raise ValueError("an update needs at least one micro-batch")
-        grads, metrics = total
-        state, norm = self._apply(state, grads)
+                raise ValueError("an update needs at least one micro-batch")
+            grads, metrics = total
+            state, norm = self._apply(state, grads)
         return state, {**metrics, "grad_norm": norm, "skipped": state.skipped}
 
 

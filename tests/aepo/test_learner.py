@@ -10,8 +10,8 @@ from ares_jax.aepo.batch import inside_windows, leaf_extras, learner_segments
 from ares_jax.aepo.learner import Learner
 from ares_jax.aepo.scoring import ScoredGroup, score
 from ares_jax.aepo.state import from_json, initial_state, to_json
-from ares_jax.checkpoints.params import to_flat
 from ares_jax.config import default_config
+from ares_jax.models.params import to_flat
 from ares_jax.sampling.requests import rollout_request
 from ares_jax.training import initial_state as train_state
 from ares_jax.training import make_optimizer
@@ -62,9 +62,9 @@ def step(scored, config, *, rows, row_tokens=96, learning_rate=None, trees=True)
     # Plain descent where updates are compared: Adam's first step is the sign of the gradient, noise where it is near 0.
     adam = make_optimizer(config.optimizer, learning_rate=learning_rate or 0.0, steps=1)
     optimizer = adam if learning_rate else optax.sgd(1.0)
-    learner = Learner(digits.model(), BANNED, optimizer, config.aepo, temperature=1.0)
+    learner = Learner(digits.model(), BANNED, optimizer, config.aepo, digits.placement(), temperature=1.0)
     params = jax.tree.map(lambda x: x.copy(), to_flat(digits.model()))
-    after, metrics = learner.update(train_state(params, optimizer), batches, to_flat(digits.model()))
+    after, metrics = learner.update(train_state(params, optimizer, digits.placement()), batches, to_flat(digits.model()))
     return after, metrics, batches
 
 
@@ -145,9 +145,9 @@ def test_the_reference_may_live_on_the_host_or_not_at_all(scored):
     def update(reference):
         state = initial_state(aepo().aepo)._replace(tau_high=np.array(5.4))
         batches = pack(learner_segments(scored, state, aepo().aepo, row_tokens=96), rows=16, row_tokens=96, row_patches=48)
-        learner = Learner(digits.model(), BANNED, optax.sgd(1.0), aepo().aepo, temperature=1.0)
+        learner = Learner(digits.model(), BANNED, optax.sgd(1.0), aepo().aepo, digits.placement(), temperature=1.0)
         params = jax.tree.map(lambda x: 0.9 * x, to_flat(digits.model()))
-        return learner.update(train_state(params, optax.sgd(1.0)), batches, reference)
+        return learner.update(train_state(params, optax.sgd(1.0), digits.placement()), batches, reference)
 
     device, on_device = update(to_flat(digits.model()))
     host, on_host = update(jax.device_get(to_flat(digits.model())))

@@ -1,10 +1,12 @@
 """The loop itself, with the engine in this process: what is drawn with which weights, and resumption to the last bit."""
 
+import jax
 import numpy as np
 import pytest
 
 from ares_jax.aepo.trainer import Trainer
 from ares_jax.metrics import read_jsonl
+from ares_jax.parallel.sharding import make_mesh
 from ares_jax.serve import make_engine
 from ares_jax.training import initial_state, make_optimizer
 from ares_jax.workspace import open_workspace
@@ -46,14 +48,15 @@ def config():
 
 @pytest.fixture
 def trainer(config, tmp_path):
-    def make(name, **changes):
+    def make(name, devices=1, **changes):
         c = config.copy_and_resolve_references()
         c.aepo.update(changes)
         (tmp_path / name).mkdir(exist_ok=True)
-        workspace = open_workspace(c, tmp_path / name)
+        workspace = open_workspace(c, tmp_path / name, mesh=make_mesh(devices=jax.devices()[:devices]))
         start = workspace.checkpoints("cold_start")
         if start.latest() is None:
-            state = initial_state(workspace.initial_params(), make_optimizer(c.optimizer, learning_rate=0.0, steps=1))
+            optimizer = make_optimizer(c.optimizer, learning_rate=0.0, steps=1)
+            state = initial_state(workspace.initial_params(), optimizer, workspace.placement)
             start.save(1, state.params, state._replace(params={}), {})
             start.wait()
         return Trainer(workspace, InProcess(make_engine(c, tmp_path / name)))
@@ -69,6 +72,20 @@ def test_the_policy_is_as_old_as_the_config_says(trainer, staleness, expected):
     lines = read_jsonl(one.folder / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4] and lines[-1]["tokens/total"] == tokens > 0
     assert all(line["mismatch"] < 1e-5 for line in lines[1:2])  # the first batch's policy is the learner's
+
+
+def test_a_run_resumes_on_another_mesh_and_ends_with_the_same_weights(trainer):
+    """Parameters split over 4 devices, then gathered on one: sums in another order, so not to the last bit."""
+    one = trainer("one", steps=2, learning_rate=1e-5)
+    one.run()
+    trainer("split", devices=4, steps=1, learning_rate=1e-5).run()
+    rest = trainer("split", steps=2, learning_rate=1e-5)
+    assert rest.iteration == 1
+    rest.run()
+    kernel = "text.layers.gate_kernel"
+    assert len(trainer("split", devices=4).train_state.params[kernel].addressable_shards[0].data[0]) == 16
+    for name, value in one.train_state.params.items():
+        np.testing.assert_allclose(value, rest.train_state.params[name], atol=5e-5, err_msg=name)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(trainer):

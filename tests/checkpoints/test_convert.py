@@ -26,10 +26,10 @@ from ares_jax.checkpoints.huggingface import HFFolder
 from ares_jax.checkpoints.manager import Checkpoints
 from ares_jax.checkpoints.names import EMBEDDING, HEAD, slots
 from ares_jax.checkpoints.orbax_params import OrbaxParams, open_converted, write_orbax
-from ares_jax.checkpoints.params import to_flat
 from ares_jax.checkpoints.verify import verify
 from ares_jax.checkpoints.weights import Budget
 from ares_jax.errors import UserError
+from ares_jax.models.params import to_flat
 from ares_jax.models.qwen2_5_vl import Qwen25VLConfig, TextConfig, VisionConfig
 from ares_jax.parallel.sharding import make_mesh
 from ares_jax.workspace import open_workspace

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from ares_jax.aepo.windows import validated
-from ares_jax.checkpoints.params import to_flat
 from ares_jax.cold_start.sft import example
 from ares_jax.errors import UserError
+from ares_jax.models.params import to_flat
 from ares_jax.models.qwen2_5_vl import VisionInputs
 from ares_jax.sampling.requests import rollout_request
 from ares_jax.training.log_probs import token_statistics

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from ares_jax.checkpoints.params import to_flat
 from ares_jax.errors import UserError
+from ares_jax.models.params import to_flat
 from ares_jax.sampling import Engine, EngineOptions, RolloutRequest
 from ares_jax.sampling.branching import select_branches
 from ares_jax.sampling.programs import Drawn

@@ -5,9 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ares_jax.config import default_config
+from ares_jax.parallel.sharding import Placement, make_mesh
 from ares_jax.training import Update, initial_state, make_optimizer, trainable
+
+ALONE = NamedSharding(make_mesh(devices=jax.devices()[:1]), PartitionSpec())
+HERE = Placement(ALONE.mesh, {"text.w": ALONE, "visual.b": ALONE})
 
 
 def loss(params, batch):
@@ -31,7 +36,7 @@ def test_micro_batches_add_up_to_the_gradient_by_hand(problem, count):
     params, batch = problem
     error = batch["x"] @ np.ones(3) + 1 - batch["y"]
     gradient = 2 * batch["x"].T @ (error / 12), 2 * np.mean(error)
-    state, metrics = Update(loss, optax.sgd(0.1))(initial_state(params, optax.sgd(0.1)), parts(batch, count))
+    state, metrics = Update(loss, optax.sgd(0.1), HERE)(initial_state(params, optax.sgd(0.1), HERE), parts(batch, count))
     np.testing.assert_allclose(state.params["text.w"], 1 - 0.1 * gradient[0], rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], np.hypot(np.linalg.norm(gradient[0]), gradient[1]), rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"], np.mean(error**2), rtol=1e-5)
@@ -43,9 +48,9 @@ def test_frozen_parameters_have_neither_moments_nor_updates(problem):
     options = default_config().optimizer
     options.freeze_vision = True
     optimizer, trained = make_optimizer(options, learning_rate=0.1, steps=5), trainable(options)
-    state = initial_state(params, optimizer, trained)
+    state = initial_state(params, optimizer, HERE, trained)
     assert not any("visual.b" in str(path) for path, _ in _leaves(state.optimizer))
-    state, metrics = Update(loss, optimizer, trained)(state, [batch])
+    state, metrics = Update(loss, optimizer, HERE, trained)(state, [batch])
     assert float(state.params["visual.b"]) == 1 and not np.allclose(state.params["text.w"], 1)
     error = batch["x"] @ np.ones(3) + 1 - batch["y"]
     np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(2 * batch["x"].T @ (error / 12)), rtol=1e-5)
@@ -54,9 +59,9 @@ def test_frozen_parameters_have_neither_moments_nor_updates(problem):
 def test_a_gradient_that_is_not_finite_changes_only_the_counters(problem):
     params, batch = problem
     optimizer = optax.adam(0.1)
-    state = initial_state(params, optimizer)
+    state = initial_state(params, optimizer, HERE)
     batch["y"][3] = np.nan
-    after, _ = Update(loss, optimizer)(state, parts(batch, 3))
+    after, _ = Update(loss, optimizer, HERE)(state, parts(batch, 3))
     assert (int(after.step), int(after.skipped)) == (1, 1)
     np.testing.assert_array_equal(after.params["text.w"], np.ones(3))
     assert all(np.all(np.asarray(leaf) == 0) for _, leaf in _leaves(after.optimizer))
@@ -71,7 +76,7 @@ def test_the_first_moment_is_stored_as_told(problem):
 
 def test_no_micro_batch_is_an_error(problem):
     with pytest.raises(ValueError, match="at least one"):
-        Update(loss, optax.sgd(0.1))(initial_state(problem[0], optax.sgd(0.1)), [])
+        Update(loss, optax.sgd(0.1), HERE)(initial_state(problem[0], optax.sgd(0.1), HERE), [])
 
 
 def _leaves(tree):

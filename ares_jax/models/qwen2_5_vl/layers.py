@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 Axes = tuple[str | None, ...]
@@ -35,6 +36,12 @@ def rms_norm(x: Float[Array, "... D"], weight: Float[Array, "D"], eps: float) ->
     """Root-mean-square normalisation; the statistic in float32."""
     wide = x.astype(jnp.float32)
     return weight.astype(x.dtype) * (wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def shard_rows(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+    """Keeps the rows of an activation split over the mesh in use (`jax.set_mesh`), whatever the parameters are split by."""
+    axes = tuple(axis for axis in ("data", "fsdp") if axis in jax.sharding.get_abstract_mesh().axis_names)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
 
 
 def scan_layers(layer: Callable[[Any, Any], tuple[Any, Any]], carry: Any, stacked: Any, *, remat: bool) -> tuple[Any, Any]:

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from ares_jax.models.qwen2_5_vl.attention import attention, causal_mask, paged_attention, write_page_slot
 from ares_jax.models.qwen2_5_vl.config import TextConfig
-from ares_jax.models.qwen2_5_vl.layers import Initializer, rms_norm, scan_layers
+from ares_jax.models.qwen2_5_vl.layers import Initializer, rms_norm, scan_layers, shard_rows
 from ares_jax.models.qwen2_5_vl.rotary import mrope_angles, rotate
 
 
@@ -55,7 +55,7 @@ class TextDecoder(nnx.Module):
             p = self._cast(p)
             query, key, value = self._project(x, p, angles)
             mixed = attention(query, key, value, mask)
-            x = self._mlp(x + mixed.reshape(rows, length, -1) @ p["out_kernel"], p)
+            x = shard_rows(self._mlp(x + mixed.reshape(rows, length, -1) @ p["out_kernel"], p))
             return x, _interleave(key, value) if keep_kv else None
 
         x, kv = scan_layers(layer, x, self._stacked(), remat=self.remat)

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from ares_jax.models.qwen2_5_vl.attention import attention, same_group_mask
 from ares_jax.models.qwen2_5_vl.config import VisionConfig
-from ares_jax.models.qwen2_5_vl.layers import Initializer, rms_norm, scan_layers
+from ares_jax.models.qwen2_5_vl.layers import Initializer, rms_norm, scan_layers, shard_rows
 from ares_jax.models.qwen2_5_vl.rotary import rotate, vision_angles
 
 _EPS = 1e-6
@@ -70,7 +70,7 @@ class VisionTower(nnx.Module):
             x = x + mixed.reshape(rows, count, width) @ p["out_kernel"] + p["out_bias"]
             h = rms_norm(x, p["norm2"], _EPS)
             h = jax.nn.silu(h @ p["gate_kernel"] + p["gate_bias"]) * (h @ p["up_kernel"] + p["up_bias"])
-            return x + h @ p["down_kernel"] + p["down_bias"], None
+            return shard_rows(x + h @ p["down_kernel"] + p["down_bias"]), None
 
         params = {name: value[...] for name, value in self.layers.items()}
         x, _ = scan_layers(layer, x, (params, full), remat=self.remat)
