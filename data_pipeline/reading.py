@@ -68,6 +68,8 @@ class Ledger:
                     f"data.max_corrupt_share={self._share:g})"
                 )
             logging.warning("left out: %s", element.reason)
+        elif self.overlong in (10**power for power in range(10)):
+            logging.warning("left out as too long, %d so far, the last: %s", self.overlong, element.reason)
         if self.overlong + self.corrupt >= self._total:
             raise DataError(
                 f"none of {self._total} problems is left: {self.overlong} are too long, {self.corrupt} corrupt; "

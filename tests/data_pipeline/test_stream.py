@@ -134,7 +134,9 @@ def test_bad_records_are_left_out_counted_and_named(caplog):
     drawn = [next(iterator) for _ in range(36)]
     assert Counter(drawn) == {i: 2 for i in range(40) if i not in {3, 7, *range(10, 30)}}
     assert (iterator.ledger.overlong, iterator.ledger.corrupt) == (20, 2)
-    assert [r.getMessage() for r in caplog.records].count("left out: record 3 is corrupt") == 1
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages.count("left out: record 3 is corrupt") == 1
+    assert sum("left out as too long, 10 so far" in message for message in messages) == 1
     iterator.close()
     with pytest.raises(DataError, match=r"record [37] is corrupt \(2 corrupt of 40 problems.*data.max_corrupt_share=0.049"):
         take(stream(source, max_corrupt_share=0.049), 40)
