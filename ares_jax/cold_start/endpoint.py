@@ -68,7 +68,7 @@ def ask_all(
     """Asks `config` (an endpoint's section of the config) for `samples` responses to `chat(key)`, for every key.
 
     `grade(key, answer)` runs in threads; `on_answer` gets what it returns, one at a time, in the order of arrival.
-    `on_refusal(key, reason)` gets what the endpoint will not answer.
+    `on_refusal(key, reason)` gets what the endpoint will not answer, or cannot be asked.
 
     Raises:
       UserError: the endpoint is away for `config.patience` seconds, the key or the model is wrong, or it refuses all.
@@ -80,7 +80,7 @@ def ask_all(
         for key in work:
             try:
                 answer = await client.answer(await asyncio.to_thread(chat, key), seed(key))
-            except _RefusedError as refusal:
+            except (_RefusedError, DataError) as refusal:
                 on_refusal(key, str(refusal))
             else:
                 on_answer(await asyncio.to_thread(grade, key, answer))

@@ -48,7 +48,7 @@ def half(question, body, times):
     return [RIGHT, WRONG] * (body["n"] // 2)
 
 
-def test_images_stand_where_the_question_says():
+def test_images_stand_where_the_question_says(tmp_path):
     image = np.zeros((4, 4, 3), np.uint8)
     asked = Problem("p", "s", "easy", "Is <image> in <image>?", (image, image), "1")
     (message,) = module.messages(asked, "Box it.")
@@ -57,6 +57,10 @@ def test_images_stand_where_the_question_says():
     assert module.messages(problems(1)[0], "") == [{"role": "user", "content": "q0"}]
     with pytest.raises(DataError, match="problem p: videos are not sent"):
         module.messages(replace(asked, videos=(image[None],)), "")
+    filmed = [*problems(2), replace(asked, videos=(image[None],))]
+    with fake.serving(fake.Fake(half)) as url:
+        assert [r["index"] for r in ask(config(url), filmed, tmp_path / "r.jsonl")] == [0, 1]
+    assert "videos are not sent" in read_jsonl(tmp_path / "r.refused.jsonl")[0]["reason"]
 
 
 def test_every_problem_is_asked_once_graded_and_recorded(tmp_path, monkeypatch):

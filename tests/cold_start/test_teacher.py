@@ -1,6 +1,7 @@
 """The teacher's traces from each source, the hard split, and that nothing is dropped silently."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,10 +33,7 @@ def workspace(**teacher):
     config.packing.row_tokens, config.sampler.max_prompt_tokens = 100, 40
     with config.unlocked():
         config.cold_start.teacher.update(teacher)
-    video = (IMAGE[None].repeat(2, axis=0),)
-    source = [
-        Problem(f"p{i}", "s", "easy", f"q{i}", (IMAGE,), "1", (RIGHT,) * (i % 2), video, (4.0,)) for i in range(4)
-    ]  # fmt: skip
+    source = [Problem(f"p{i}", "s", "easy", f"q{i}", (IMAGE,), "1", (RIGHT,) * (i % 2)) for i in range(4)]
     encoder = SimpleNamespace(encode_response=lambda text: [0] * (len(text) + 1))
     return SimpleNamespace(config=config, encoder=encoder, problems=lambda split: source)
 
@@ -97,6 +95,8 @@ def test_three_wrong_attempts_make_a_hard_problem_and_the_split_can_be_read_back
     right, wrong = Response(RIGHT), Response(WRONG)
     responses = {0: [wrong] * 3 + [right], 1: [wrong, wrong, right], 2: [wrong] * 2, 3: [wrong] * 4}
     assert hard_problems(space.problems("train"), responses) == [0, 3]
+    filmed = [replace(p, videos=(np.stack([IMAGE, IMAGE]),), video_fps=(4.0,)) for p in space.problems("train")]
+    space.problems = lambda split: filmed
     write_hard_split(space, [0, 3], tmp_path / "hard.jsonl")
     source = open_sources((f"jsonl://{tmp_path}/hard.jsonl",))
     assert [(p.problem_id, p.level, p.question, p.answer) for p in (source[0], source[1])] == [
