@@ -3,9 +3,12 @@
 A field is overridden from the command line as `--config.aepo.window=8`. The tree is locked: an unknown field is an error.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 
 from ml_collections import ConfigDict
+
+from data_pipeline.records import Keys
 
 
 def _endpoint() -> ConfigDict:
@@ -50,14 +53,14 @@ def default_config() -> ConfigDict:
     h.tensor = 1  # heads, hidden units and vocabulary split
 
     d = c.data = ConfigDict()
-    d.source = "digits"  # "digits", or "jsonl" with the files below
-    d.train_files = ()  # JSONL of problems (data_pipeline/sources.py documents the schema)
-    d.validation_files = ()
-    d.test_files = ()
-    d.problem_seed = 0  # of generated problems: runs with other seeds are tested on the same ones
-    d.train_problems = 20_000  # size of the generated training set (digits)
-    d.validation_problems = 192  # an equal number of each level
-    d.test_problems = 900
+    d.train = ("digits://train?size=20000",)  # URIs, also several, with weights: data_pipeline/sources/__init__.py
+    d.validation = ("digits://validation?size=192",)
+    d.test = ("digits://test?size=900",)
+    d.fields = ConfigDict(asdict(Keys()))  # names of a record's fields; the first it holds counts (data_pipeline/records.py)
+    d.format_prompt = ""  # file with a Jinja template around the question, its {{ content }}; empty: the question alone
+    d.max_corrupt_share = 0.01  # of a split's problems that may be unreadable: they are named and left out
+    d.workers = 0  # processes that read and preprocess; 0: threads of the command itself
+    d.prefetch = 64  # prompts read ahead
     d.vocab_size = 448  # of the BPE tokenizer that the digits task trains on its own text
     d.min_pixels, d.max_pixels = 262_144, 4_194_304  # an image is scaled to between these (paper, section 5)
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from ares_jax import cli
 from ares_jax.evaluation.harness import evaluate
 from ares_jax.metrics import stage, write_json
-from ares_jax.workspace import host, open_workspace, take
+from ares_jax.workspace import host, open_workspace
 
 
 def _advance(bar: tqdm, index: int) -> None:
@@ -19,7 +19,7 @@ def _advance(bar: tqdm, index: int) -> None:
 
 def main(config: ConfigDict, workdir: Path) -> None:
     workspace, e = open_workspace(config, workdir), config.evaluation
-    prompts = [workspace.encoder(problem) for problem in take(workspace.problems("test"), config.data.test_problems)]
+    prompts = workspace.prompts("test")
     with stage(workdir, "evaluation") as record, workspace.sampler() as client:
         tokens = 0.0
         for version, name in enumerate(workspace.trained_stages()):

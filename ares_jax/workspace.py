@@ -2,10 +2,11 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,12 @@ from ares_jax.parallel.sharding import Placement, make_mesh, place_model
 from ares_jax.service.client import RolloutClient
 from ares_jax.service.process import start_sampler
 from ares_jax.training.update import Params
-from data_pipeline import digits, sources, tokenizer
-from data_pipeline.prompts import PromptEncoder
+from data_pipeline import digits, tokenizer
+from data_pipeline.prompts import Prompt, PromptEncoder
+from data_pipeline.reading import Ledger, Reader, read_all
+from data_pipeline.records import Keys
+from data_pipeline.sources import Mixture, Source, open_sources
+from data_pipeline.stream import Stream
 
 STAGES = ("base", "cold_start", "aepo")  # in the order in which they come
 
@@ -48,12 +53,29 @@ class Workspace:
     def tokenizer(self):
         return self.encoder.tokenizer
 
-    def problems(self, split: str) -> sources.Source:
+    def problems(self, split: str) -> Mixture:
         """Returns the problems of "train", "validation" or "test"."""
         d = self.config.data
-        return sources.make_source(
-            d.source, split, files=d[f"{split}_files"], size=d[f"{split}_problems"], seed=d.problem_seed
-        )
+        keys = Keys(**{field: tuple(names) for field, names in d.fields.items()})
+        return open_sources(tuple(d[split]), keys)
+
+    def stream(self, source: Source, transform: Callable[[Any], Any], *, seed: int, batch_size: int | None = None) -> Stream:
+        """Returns an endless stream over `transform(problem)` (over lists of `batch_size`), this process's share."""
+        d = self.config.data
+        return Stream(
+            source, transform, seed=seed, batch_size=batch_size, process_index=jax.process_index(),
+            process_count=jax.process_count(), workers=d.workers, prefetch=d.prefetch, max_corrupt_share=d.max_corrupt_share,
+        )  # fmt: skip
+
+    def ledger(self, source: Source) -> Ledger:
+        """Returns an empty ledger for problems that cannot be read or do not fit."""
+        return Ledger(len(source), self.config.data.max_corrupt_share)
+
+    def prompts(self, split: str, *, limit: int | None = None) -> list[Prompt]:
+        """Returns the prompts of a split (the first `limit`), in order, without those that cannot be read or do not fit."""
+        problems = self.problems(split)
+        elements = read_all(Reader(problems, self.encoder), range(len(problems)), self.ledger(problems))
+        return [prompt for _, prompt in itertools.islice(elements, limit)]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Returns the text of a response, without its end-of-turn token."""
@@ -131,9 +153,20 @@ def open_workspace(config: ConfigDict, folder: Path, *, mesh: jax.sharding.Mesh 
     words = read_words(Path(config.aepo.trigger_words)) if config.aepo.trigger_words else WORDS
     trigger[: len(strings)] = trigger_mask(strings, words)
     model = abstract_model(model_config, **_types(config))
-    encoder = PromptEncoder(text, pixels, tokens_per_second=model_config.vision.tokens_per_second)
+    encoder = PromptEncoder(
+        text, pixels, tokens_per_second=model_config.vision.tokens_per_second,
+        format_prompt=_format_prompt(d.format_prompt), max_tokens=config.sampler.max_prompt_tokens,
+        max_patches=config.sampler.max_prompt_patches,
+    )  # fmt: skip
     placement = place_model(model, mesh or make_mesh(**config.mesh))
     return Workspace(config, folder, encoder, model, placement, banned, trigger)
+
+
+def _format_prompt(file: str) -> str:
+    try:
+        return Path(file).read_text() if file else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.format_prompt={file}: cannot be read ({error}); name a file with a Jinja template") from None
 
 
 def _model_config(config: ConfigDict, text) -> Qwen25VLConfig:
@@ -163,8 +196,3 @@ def _types(config: ConfigDict) -> dict:
 def host(params: Params) -> dict[str, np.ndarray]:
     """Returns the weights as NumPy arrays, to send."""
     return jax.device_get(dict(params))
-
-
-def take(source: sources.Source, count: int) -> list:
-    """Returns the first `count` problems."""
-    return list(itertools.islice((source[i] for i in range(len(source))), count))

@@ -34,7 +34,7 @@ RESULTS = Path(__file__).with_name("RESULTS.md")
 _PLOT = Path(__file__).with_name("ablation.png")
 _HEADING = "## Ablation on the digits task"
 
-_TEST_PROBLEMS = 3000  # the demo's 900 tell differences of 5 points apart, not of 2
+_TEST = "('digits://test?size=3000',)"  # the demo's 900 tell differences of 5 points apart, not of 2
 _COLD_START = "cold start"
 _PLAIN = {"root_leaves": 8, "shaping": "none", "entropy_bonus": 0.0, "kl.dynamic": False}
 ROWS = {
@@ -84,7 +84,7 @@ def _open(workdir: Path, row: str, seed: int) -> Path:
 
 def _command(workdir: Path, command: str, folder: Path, overrides: dict, seed: int) -> None:
     config = next(a for a in sys.argv if a.startswith("--config="))
-    arguments = [config, f"--workdir={folder}", f"--config.seed={seed}", f"--config.data.test_problems={_TEST_PROBLEMS}"]
+    arguments = [config, f"--workdir={folder}", f"--config.seed={seed}", f"--config.data.test={_TEST}"]
     arguments += [f"--config.aepo.{name}={value}" for name, value in overrides.items()]
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str((workdir / "compilation_cache").absolute())}
     with (folder / f"{command}.log").open("a") as log:

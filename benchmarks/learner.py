@@ -25,7 +25,7 @@ from ares_jax.checkpoints import save_hf
 from ares_jax.models.params import with_params
 from ares_jax.sampling.trajectory import RolloutGroup, Trajectory
 from ares_jax.training import initial_state, make_optimizer, trainable
-from ares_jax.workspace import open_workspace, take
+from ares_jax.workspace import open_workspace
 from data_pipeline.packing import Segment, pack, response_segment
 from data_pipeline.prompts import Prompt
 
@@ -36,7 +36,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     workspace = open_workspace(config, workdir)
     a = config.aepo
     rng = np.random.default_rng(0)
-    prompts = [workspace.encoder(problem) for problem in take(workspace.problems("train"), _PROMPTS)]
+    prompts = workspace.prompts("train", limit=_PROMPTS)
     groups = [_group(prompt, rng, ~workspace.banned, a.window) for prompt in prompts]
     state = initial_aepo(a)._replace(tau_high=np.array(0.5))
     row = config.packing.row_tokens

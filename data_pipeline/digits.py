@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from data_pipeline.prompts import Problem
+from data_pipeline.errors import DataError
+from data_pipeline.problems import Problem
 from data_pipeline.traces import ORDINALS, arithmetic_traces, range_traces, reading_traces, running_values
 
 LEVELS = ("easy", "medium", "hard")
@@ -28,7 +29,7 @@ class DigitsSource:
 
     def __init__(self, split: str, size: int, seed: int):
         if split not in SPLITS:
-            raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
+            raise DataError(f"digits: split {split!r} is not one of {', '.join(SPLITS)}")
         self._split, self._size, self._seed = split, size, seed
 
     def __len__(self) -> int:

@@ -1,5 +1,9 @@
-"""The error of bad data: a file, an image, a problem that a user can mend."""
+"""The errors of bad data: a file, an image, a problem that a user can mend."""
 
 
 class DataError(ValueError):
     """The message names the place, the value and the remedy; commands print it and exit with 2."""
+
+
+class OverlongError(DataError):
+    """A prompt that is sound but does not fit: counted and left out, however many there are."""

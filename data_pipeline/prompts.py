@@ -1,31 +1,19 @@
-"""A problem, and the arrays of its prompt: token ids with expanded image placeholders, pixel patches, positions.
+"""The arrays of a problem's prompt: token ids with expanded image placeholders, pixel patches, positions.
 
-A prompt is never cut: one that is too long is refused by the limits of sampler and learner, whole.
+A prompt is never cut: one that is too long is refused whole.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, OverlongError
+from data_pipeline.messages import message_parts, rendered
 from data_pipeline.mrope import mrope_positions
+from data_pipeline.problems import Problem
 from data_pipeline.videos import video_patches
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A question with a verifiable answer."""
-
-    problem_id: str
-    source: str  # data set it comes from: target lengths are per source
-    level: str  # nominal family: "easy", "medium", "hard"
-    question: str
-    images: tuple[UInt8[np.ndarray, "H W 3"], ...]
-    answer: str
-    responses: tuple[str, ...] = ()  # teacher traces, may be empty
-    videos: tuple[UInt8[np.ndarray, "F H W 3"], ...] = ()  # stand after the images
-    video_fps: tuple[float, ...] = ()  # frames a second of each video; empty: 2
 
 
 @dataclass(frozen=True)
@@ -40,7 +28,7 @@ class Prompt:
     images: tuple[UInt8[np.ndarray, "H W 3"], ...]
     token_ids: Int[np.ndarray, "T"]
     patches: Float[np.ndarray, "P 1176"]
-    grid_thw: Int[np.ndarray, "I 3"]  # images, then videos: pairs of frames, rows and columns of patches
+    grid_thw: Int[np.ndarray, "I 3"]  # in the order of the text: pairs of frames, rows and columns of patches
     positions: Int[np.ndarray, "3 T"]  # mRoPE: time, height, width
     rope_delta: int  # the token at index i >= T has position i + rope_delta
 
@@ -48,25 +36,53 @@ class Prompt:
 class PromptEncoder:
     """Turns a `Problem` into a `Prompt` with the tokenizer's chat template and the image processor.
 
-    `tokens_per_second` is the model's: mRoPE positions that a second of video takes.
+    Picklable, so that worker processes can run it.
     """
 
-    def __init__(self, tokenizer, image_processor, *, tokens_per_second: int = 2):
+    def __init__(
+        self,
+        tokenizer,
+        image_processor,
+        *,
+        tokens_per_second: int = 2,
+        format_prompt: str = "",
+        max_tokens: int | None = None,
+        max_patches: int | None = None,
+    ):
+        """Args:
+          tokens_per_second: the model's: mRoPE positions that a second of video takes.
+          format_prompt: a Jinja template around the question, its `content`; empty: the question alone.
+          max_tokens, max_patches: of a prompt.
+
+        Raises `DataError` where the template is none.
+        """
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.tokens_per_second = tokens_per_second
+        self._format, self._max_tokens, self._max_patches = format_prompt.strip(), max_tokens, max_patches
+        if self._format and "a question" not in rendered(self._format, "a question"):
+            raise DataError(f"the format prompt {self._format[:60]!r} leaves the question out; it needs {{{{ content }}}}")
         self._image_pad, self._video_pad = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
 
     def __call__(self, problem: Problem) -> Prompt:
-        """Raises `DataError`, naming the problem, the sizes and both counts, where placeholders and images do not match."""
-        patches, grid_thw, seconds = self._pixels(problem)
-        content = [{"type": "image"} for _ in problem.images] + [{"type": "video"} for _ in problem.videos]
+        """Returns the prompt of a problem.
+
+        Raises:
+          DataError: placeholders and images do not match; it names the problem, the sizes and both counts.
+          OverlongError: it has more tokens or patches than this encoder's limits.
+        """
+        content = message_parts(problem, self._format)
+        kinds = [part["type"] for part in content if part["type"] != "text"]
+        patches, grid_thw, seconds = self._pixels(problem, kinds)
         text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": [*content, {"type": "text", "text": problem.question}]}],
-            tokenize=False,
-            add_generation_prompt=True,
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
-        token_ids = self._expand(self._encode(text), grid_thw, problem)
+        token_ids = self._expand(self._encode(text), grid_thw, kinds, problem)
+        for name, size, limit in (
+            ("prompt tokens", len(token_ids), self._max_tokens), ("image patches", len(patches), self._max_patches)
+        ):  # fmt: skip
+            if limit is not None and size > limit:
+                raise OverlongError(f"problem {problem.problem_id}: {size} {name}, at most {limit} fit")
         positions, rope_delta = mrope_positions(
             token_ids, grid_thw, image_token_id=self._image_pad, video_token_id=self._video_pad, seconds_per_grid=seconds,
             tokens_per_second=self.tokens_per_second, problem_id=problem.problem_id,
@@ -89,33 +105,38 @@ class PromptEncoder:
     def _is_placeholder(self, token_ids):
         return (token_ids == self._image_pad) | (token_ids == self._video_pad)
 
-    def _pixels(self, problem: Problem):
-        """Returns patches, grids and the seconds a grid covers, images before videos."""
-        patches, grids = [np.zeros((0, 1176), np.float32)], [np.zeros((0, 3), np.int32)]
+    def _pixels(self, problem: Problem, kinds: Sequence[str]):
+        """Returns patches, grids and the seconds a grid covers of all images and videos, in the order of `kinds`."""
+        patches, grids, seconds = [np.zeros((0, 1176), np.float32)], [np.zeros((0, 3), np.int32)], []
         rates = problem.video_fps or (2.0,) * len(problem.videos)
         if len(rates) != len(problem.videos) or min(rates, default=1) <= 0:
             raise DataError(
                 f"problem {problem.problem_id}: video_fps {rates} for {len(problem.videos)} videos; one above 0 each"
             )
         try:
-            if problem.images:
-                features = self.image_processor(list(problem.images), return_tensors="np", input_data_format="channels_last")
-                patches.append(features["pixel_values"].astype(np.float32))
-                grids.append(features["image_grid_thw"].astype(np.int32))
-            for video in problem.videos:
-                pixels, grid = video_patches(self.image_processor, video)
-                patches.append(pixels)
-                grids.append(grid)
+            images, videos = iter(problem.images), iter(zip(problem.videos, rates, strict=True))
+            for kind in kinds:
+                if kind == "image":
+                    features = self.image_processor(
+                        [next(images)], return_tensors="np", input_data_format="channels_last"
+                    )  # fmt: skip
+                    pixels, grid, duration = features["pixel_values"], features["image_grid_thw"], 0.0
+                else:
+                    video, rate = next(videos)
+                    pixels, grid = video_patches(self.image_processor, video)
+                    duration = self.image_processor.temporal_patch_size / rate
+                patches.append(pixels.astype(np.float32))
+                grids.append(grid.astype(np.int32))
+                seconds.append(duration)
         except ValueError as error:  # a strip that no scaling brings between the limits
             raise DataError(f"problem {problem.problem_id}: images of {_sizes(problem)}: {error}; crop them") from None
-        seconds = [0.0] * len(problem.images) + [self.image_processor.temporal_patch_size / rate for rate in rates]
         return np.concatenate(patches), np.concatenate(grids), np.array(seconds, np.float32)
 
-    def _expand(self, token_ids, grid_thw, problem: Problem):
+    def _expand(self, token_ids, grid_thw, kinds: Sequence[str], problem: Problem):
         """Repeats each placeholder once for every feature of its image."""
         counts = grid_thw.prod(axis=1) // self.image_processor.merge_size**2
         is_placeholder = self._is_placeholder(token_ids)
-        expected = [self._image_pad] * len(problem.images) + [self._video_pad] * len(problem.videos)
+        expected = [self._image_pad if kind == "image" else self._video_pad for kind in kinds]
         if token_ids[is_placeholder].tolist() != expected:
             raise DataError(
                 f"problem {problem.problem_id}: {int(is_placeholder.sum())} image placeholders for {len(expected)} images "

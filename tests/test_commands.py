@@ -50,8 +50,8 @@ def test_a_sampler_that_is_not_there(tmp_path):
 def test_an_unreadable_image(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     (tmp_path / "p.jsonl").write_text('{"question": "q", "answer": "1", "images": ["broken.png"], "responses": ["r"]}\n' * 8)
-    flags = [f"--config.data.{split}_files=('{tmp_path}/p.jsonl',)" for split in ("train", "validation", "test")]
-    flags += ["--config.data.source=jsonl", "--config.cold_start.alignment_steps=0", "--config.cold_start.batch_size=2"]
+    flags = [f"--config.data.{split}=('jsonl://{tmp_path}/p.jsonl',)" for split in ("train", "validation", "test")]
+    flags += ["--config.cold_start.alignment_steps=0", "--config.cold_start.batch_size=2"]
     result = run("ares_jax.cold_start", CONFIG, f"--workdir={tmp_path}/run", *flags)
     assert result.returncode == 2 and "broken.png" in result.stderr and "not a readable image" in result.stderr
 

@@ -28,11 +28,10 @@ from ares_jax.models.params import to_flat
 from ares_jax.sampling.requests import derive_seed, rollout_request
 from ares_jax.sampling.trajectory import RolloutGroup
 from ares_jax.training import abstract_state, initial_state, make_optimizer, trainable
-from ares_jax.workspace import Workspace, host, take
+from ares_jax.workspace import Workspace, host
 from data_pipeline.images import to_data_url
 from data_pipeline.packing import pack
 from data_pipeline.prompts import Prompt
-from data_pipeline.sources import make_iterator
 
 
 class _Batch(NamedTuple):
@@ -43,6 +42,7 @@ class _Batch(NamedTuple):
     tokens: int  # of responses, sampled for it
     next_prompt: Any  # state of the prompts' iterator after it
     seconds: float
+    waited: float  # seconds of them, for prompts
 
 
 class Trainer:
@@ -67,13 +67,13 @@ class Trainer:
             trainable=trained,
         )
         self.folder = workspace.folder / "aepo"
-        self.prompts = make_iterator(workspace.problems("train"), workspace.encoder, seed=self.config.seed + 1)
+        self.prompts = workspace.stream(workspace.problems("train"), workspace.encoder, seed=self.config.seed + 1)
         self.checkpoints = workspace.checkpoints("aepo")
         start = workspace.params("cold_start")
         if a.kl.reference not in ("device", "host"):
             raise UserError(f"aepo.kl.reference={a.kl.reference!r} is not one of device, host")
         self.reference = None if a.kl.weight == 0 else host(start) if a.kl.reference == "host" else start
-        self.validation = [workspace.encoder(p) for p in take(workspace.problems("validation"), 10**9)]
+        self.validation = workspace.prompts("validation")
         self.iteration = self.checkpoints.latest() or 0
         self.tokens = 0  # response tokens sampled so far
         # Behind the last batch learnt from: one in flight is lost when the run is killed, and drawn again.
@@ -115,7 +115,7 @@ class Trainer:
                 if a.staleness and self.iteration + 1 < a.steps:
                     # The next trees are drawn with the present weights while these teach the next ones.
                     batch = self.draw_in(background, self.iteration + 1)
-                values = self.learn(now) | {"time/sample": now.seconds, "time/wait": waited}
+                values = self.learn(now) | {"time/sample": now.seconds, "time/data": now.waited, "time/wait": waited}
                 self.iteration += 1
                 last = self.iteration == a.steps or self.out_of_tokens()
                 if batch is not None:
@@ -177,18 +177,21 @@ class Trainer:
         return values | {
             "loss": float(np.mean(losses)), "grad_norm": float(np.mean(norms)), "padding": float(np.mean(padding)),
             "skipped": float(self.train_state.skipped), "tokens/total": float(self.tokens), "time/learn": seconds,
+            "data/overlong": float(self.prompts.ledger.overlong), "data/corrupt": float(self.prompts.ledger.corrupt),
         }  # fmt: skip
 
     def draw(self, iteration: int, state: aepo_state.AepoState) -> "_Batch":
         """Draws until `prompts_per_step` groups survive filtering."""
         a = self.aepo
-        begin, tokens = time.time(), 0
+        begin, waited, tokens = time.time(), 0.0, 0
         drawn: list[ScoredGroup] = []
         kept: list[ScoredGroup] = []
         for attempt in range(a.filter.attempts):
             missing = a.prompts_per_step - len(kept)
             count = min(2 * a.prompts_per_step, math.ceil(missing / max(float(state.kept_share), 0.25)))
+            asked = time.time()
             prompts = [next(self.prompts) for _ in range(count)]
+            waited += time.time() - asked
             groups = self.rollouts(prompts, iteration, attempt, float(state.tau_high))
             tokens += sum(len(leaf.token_ids) - leaf.branch_position for g in groups for leaf in g.leaves)
             scored = score(prompts, groups, self.workspace.decode, state, a)
@@ -196,7 +199,7 @@ class Trainer:
             kept += [s for s in scored if keep_group(s.rewards.mean(), low=a.filter.low, high=a.filter.high)]
             if len(kept) >= a.prompts_per_step:
                 kept = kept[: a.prompts_per_step]
-                return _Batch(drawn, kept, tokens, self.prompts.get_state(), time.time() - begin)
+                return _Batch(drawn, kept, tokens, self.prompts.get_state(), time.time() - begin, waited)
         raise UserError(
             f"only {len(kept)} of {len(drawn)} groups had a mean reward within [{a.filter.low}, {a.filter.high}] after "
             f"{a.filter.attempts} attempts, {a.prompts_per_step} are needed; right leaves a group: "

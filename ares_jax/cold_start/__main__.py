@@ -17,8 +17,8 @@ from ares_jax.errors import UserError
 from ares_jax.metrics import stage
 from ares_jax.sampling.requests import derive_seed
 from ares_jax.workspace import Workspace, host, open_workspace
-from data_pipeline.prompts import Problem
-from data_pipeline.sources import make_iterator
+from data_pipeline.errors import DataError
+from data_pipeline.problems import Problem
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
@@ -73,10 +73,15 @@ def _warm_up(workspace: Workspace) -> int:
     c, encoder, seed = workspace.config.cold_start, workspace.encoder, workspace.config.seed
 
     def teach(problem: Problem):
+        if not problem.responses:
+            raise DataError(
+                f"problem {problem.problem_id}: no teacher trace; give problems `responses`, or a pretrained model and "
+                "cold_start.warmup_steps=0"
+            )
         trace = derive_seed(seed, "warm-up", problem.problem_id) % len(problem.responses)
         return example(encoder(problem), encoder.encode_response(problem.responses[trace]))
 
-    batches = make_iterator(workspace.problems("train"), teach, seed=seed, batch_size=c.batch_size)
+    batches = workspace.stream(workspace.problems("train"), teach, seed=seed, batch_size=c.batch_size)
     return fine_tune(
         workspace, "base", lambda: align_vision(workspace, workspace.initial_params(), c.alignment_steps), batches,
         steps=c.warmup_steps, learning_rate=c.warmup_learning_rate,
@@ -91,7 +96,7 @@ def _fine_tune(workspace: Workspace, selected: list[tuple[int, str, int]]) -> in
         index, trace, difficulty = choice
         return example(encoder(problems[index]), encoder.encode_response(trace), c.kl.weight[difficulty])
 
-    batches = make_iterator(selected, teach, seed=workspace.config.seed, batch_size=c.batch_size)
+    batches = workspace.stream(selected, teach, seed=workspace.config.seed, batch_size=c.batch_size)
     return fine_tune(
         workspace, "cold_start", lambda: workspace.params("base"), batches,
         steps=max(1, c.epochs * len(selected) // c.batch_size), learning_rate=c.learning_rate, guided=any(c.kl.weight),

@@ -5,15 +5,17 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
 from ml_collections import ConfigDict
 
 from ares_jax.errors import UserError
+from data_pipeline.errors import DataError
 from data_pipeline.images import to_data_url
-from data_pipeline.prompts import Problem
+from data_pipeline.messages import message_parts
+from data_pipeline.problems import Problem
 
 _WAIT = frozenset({429, 503})  # it lives, but has no room: wait as for one that is away
 _AGAIN = frozenset({408, 409, 425, 500, 502, 504})  # may be this request's own fault: a few times, then give it up
@@ -39,10 +41,16 @@ class Answer:
 
 
 def messages(problem: Problem, instruction: str) -> list[dict]:
-    """Returns the chat of a problem: its images, then the question with the instruction below it."""
-    text = f"{problem.question}\n{instruction}" if instruction else problem.question
-    images = [{"type": "image_url", "image_url": {"url": to_data_url(image)}} for image in problem.images]
-    return [{"role": "user", "content": [*images, {"type": "text", "text": text}] if images else text}]
+    """Returns the chat of a problem: its images and the question, the instruction below it. Raises `DataError` on videos."""
+    if problem.videos:
+        raise DataError(f"problem {problem.problem_id}: videos are not sent to an endpoint; give their frames as images")
+    asked = replace(problem, question=f"{problem.question}\n{instruction}") if instruction else problem
+    images = iter(problem.images)
+    parts = [
+        part if part["type"] == "text" else {"type": "image_url", "image_url": {"url": to_data_url(next(images))}}
+        for part in message_parts(asked)
+    ]
+    return [{"role": "user", "content": parts if problem.images else asked.question}]
 
 
 def ask_all(
@@ -60,7 +68,7 @@ def ask_all(
     """Asks `config` (an endpoint's section of the config) for `samples` responses to `chat(key)`, for every key.
 
     `grade(key, answer)` runs in threads; `on_answer` gets what it returns, one at a time, in the order of arrival.
-    `on_refusal(key, reason)` gets what the endpoint will not answer.
+    `on_refusal(key, reason)` gets what the endpoint will not answer, or cannot be asked.
 
     Raises:
       UserError: the endpoint is away for `config.patience` seconds, the key or the model is wrong, or it refuses all.
@@ -72,7 +80,7 @@ def ask_all(
         for key in work:
             try:
                 answer = await client.answer(await asyncio.to_thread(chat, key), seed(key))
-            except _RefusedError as refusal:
+            except (_RefusedError, DataError) as refusal:
                 on_refusal(key, str(refusal))
             else:
                 on_answer(await asyncio.to_thread(grade, key, answer))

@@ -13,17 +13,19 @@ from ares_jax.evaluation.grading import is_correct
 from ares_jax.metrics import read_jsonl
 from ares_jax.sampling.requests import derive_seed, rollout_request
 from ares_jax.workspace import Workspace
+from data_pipeline.reading import Reader, read_all
 
 _CHUNK = 128  # problems between two writes: what a killed run loses at most
 
 
 def measure_pass_rates(workspace: Workspace, client, indices: Sequence[int], path: Path) -> list[dict]:
-    """Returns one record for each training problem in `indices`; those that `path` already holds are not asked again.
+    """Returns one record for each readable training problem in `indices`; what `path` already holds is not asked again.
 
     A record: {"index", "problem_id", "source", "level", "correct", "samples", "tokens": sampled}.
     """
     config, problems, encoder = workspace.config, workspace.problems("train"), workspace.encoder
     samples = config.cold_start.pass_rate_samples
+    reader, ledger = Reader(problems, lambda problem: (problem, encoder(problem))), workspace.ledger(problems)
     known = {record["index"]: record for record in read_jsonl(path)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record) + "\n" for record in known.values()))
@@ -31,16 +33,16 @@ def measure_pass_rates(workspace: Workspace, client, indices: Sequence[int], pat
     bar = tqdm(total=len(indices), initial=len(indices) - len(todo), desc="cold_start: pass rates", unit="problem")
     for begin in range(0, len(todo), _CHUNK):
         chunk = todo[begin : begin + _CHUNK]
-        members = [problems[index] for index in chunk]
+        members = list(read_all(reader, chunk, ledger))
         requests = [
             rollout_request(
-                encoder(problem), seed=derive_seed(config.seed, "pass rate", problem.problem_id), group_size=samples,
+                prompt, seed=derive_seed(config.seed, "pass rate", problem.problem_id), group_size=samples,
                 max_new_tokens=config.sampler.max_response_tokens,
             )
-            for problem in members
+            for _, (problem, prompt) in members
         ]  # fmt: skip
         groups = client.rollouts(requests, on_group=lambda index, group: bar.update())
-        for index, problem, group in zip(chunk, members, groups, strict=True):
+        for (index, (problem, _)), group in zip(members, groups, strict=True):
             texts = [workspace.decode(leaf.token_ids.tolist()) for leaf in group.leaves]
             known[index] = {
                 "index": index, "problem_id": problem.problem_id, "source": problem.source, "level": problem.level,
@@ -48,18 +50,19 @@ def measure_pass_rates(workspace: Workspace, client, indices: Sequence[int], pat
                 "tokens": sum(len(leaf.token_ids) for leaf in group.leaves),
             }  # fmt: skip
         with path.open("a") as file:
-            file.writelines(json.dumps(known[index]) + "\n" for index in chunk)
+            file.writelines(json.dumps(known[index]) + "\n" for index, _ in members)
         mean = sum(r["correct"] / r["samples"] for r in known.values()) / len(known)
         bar.set_postfix(pass_rate=f"{mean:.2f}")
     bar.close()
-    return [known[index] for index in indices]
+    return [known[index] for index in indices if index in known]
 
 
 def endpoint_pass_rates(workspace: Workspace, indices: Sequence[int], path: Path) -> list[dict]:
     """Returns the same records, measured at `cold_start.endpoint`; problems that it refuses are left out and reported."""
-    config = workspace.config
+    config, problems = workspace.config, workspace.problems("train")
+    readable = read_all(Reader(problems, workspace.encoder), indices, workspace.ledger(problems))
     records = endpoint_responses(
-        config.cold_start.endpoint, workspace.problems("train"), indices, path,
+        config.cold_start.endpoint, problems, [index for index, _ in readable], path,
         samples=config.cold_start.pass_rate_samples, max_tokens=config.sampler.max_response_tokens, seed=config.seed,
         name="pass rates",
     )  # fmt: skip

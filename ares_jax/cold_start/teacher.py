@@ -134,7 +134,7 @@ def hard_problems(problems: Source, responses: Mapping[int, Sequence[Response]])
 
 
 def write_hard_split(workspace: Workspace, indices: Sequence[int], path: Path) -> None:
-    """Writes problems as JSONL that `data.validation_files` takes, images as data URLs."""
+    """Writes problems as JSONL that `data.validation` takes as jsonl://, images as data URLs."""
     problems = workspace.problems("train")
     lines = []
     for problem in (problems[index] for index in indices):
@@ -142,7 +142,8 @@ def write_hard_split(workspace: Workspace, indices: Sequence[int], path: Path) -
         lines.append(
             {
                 "problem_id": problem.problem_id, "source": problem.source, "level": "hard", "question": problem.question,
-                "answer": problem.answer, "images": images,
+                "answer": problem.answer, "images": images, "video_fps": problem.video_fps,
+                "videos": [[to_data_url(frame) for frame in video] for video in problem.videos],
             }
         )  # fmt: skip
     write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines))

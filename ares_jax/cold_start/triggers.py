@@ -21,7 +21,7 @@ from ares_jax.aepo.trigger_words import WORDS, normalized
 from ares_jax.errors import UserError
 from ares_jax.metrics import read_jsonl, write_atomic, write_json
 from ares_jax.sampling.requests import derive_seed, rollout_request
-from ares_jax.workspace import host, open_workspace, take
+from ares_jax.workspace import host, open_workspace
 
 _SPACES = "Ġ▁Ċ \t\n"
 _ROLLOUTS = flags.DEFINE_list("rollouts", [], "JSONL files of logged rollouts; empty: the run's own, or drawn ones")
@@ -107,7 +107,7 @@ def own_means(leaf: dict) -> Float[np.ndarray, "N"]:
 
 def _drawn(config: ConfigDict, workdir: Path) -> list[tuple[list[str], np.ndarray]]:
     workspace, s = open_workspace(config, workdir), config.sampler
-    prompts = [workspace.encoder(problem) for problem in take(workspace.problems("train"), _PROBLEMS.value)]
+    prompts = workspace.prompts("train", limit=_PROBLEMS.value)
     requests = [
         rollout_request(
             prompt, seed=derive_seed(config.seed, "triggers", prompt.problem_id), group_size=config.aepo.group_size,

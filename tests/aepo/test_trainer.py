@@ -36,7 +36,7 @@ def config():
     c = get_config()
     with c.unlocked():
         c.model.text.update(hidden_size=64, intermediate_size=96, num_layers=2, mrope_section=(2, 3, 3))
-        c.data.update(validation_problems=3)
+        c.data.update(validation=("digits://validation?size=3",))
         c.sampler.update(slots=32, pages=500, max_response_tokens=24)
         c.packing.update(rows=4)
         c.aepo.update(

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from ares_jax.cold_start.responses import endpoint_responses
 from ares_jax.config import default_config
 from ares_jax.errors import UserError
 from ares_jax.metrics import read_jsonl
-from data_pipeline.prompts import Problem
+from data_pipeline.errors import DataError
+from data_pipeline.problems import Problem
 from tests.cold_start import fake
 
 RIGHT, WRONG = r"<think>a</think>\boxed{1}", r"<think>a</think>\boxed{2}"
@@ -44,6 +46,21 @@ def ask(section, source, path, samples=4, indices=None):
 
 def half(question, body, times):
     return [RIGHT, WRONG] * (body["n"] // 2)
+
+
+def test_images_stand_where_the_question_says(tmp_path):
+    image = np.zeros((4, 4, 3), np.uint8)
+    asked = Problem("p", "s", "easy", "Is <image> in <image>?", (image, image), "1")
+    (message,) = module.messages(asked, "Box it.")
+    kinds = [part["type"] for part in message["content"]]
+    assert kinds == ["text", "image_url", "text", "image_url", "text"] and message["content"][-1]["text"] == "?\nBox it."
+    assert module.messages(problems(1)[0], "") == [{"role": "user", "content": "q0"}]
+    with pytest.raises(DataError, match="problem p: videos are not sent"):
+        module.messages(replace(asked, videos=(image[None],)), "")
+    filmed = [*problems(2), replace(asked, videos=(image[None],))]
+    with fake.serving(fake.Fake(half)) as url:
+        assert [r["index"] for r in ask(config(url), filmed, tmp_path / "r.jsonl")] == [0, 1]
+    assert "videos are not sent" in read_jsonl(tmp_path / "r.refused.jsonl")[0]["reason"]
 
 
 def test_every_problem_is_asked_once_graded_and_recorded(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The teacher's traces from each source, the hard split, and that nothing is dropped silently."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,8 +20,8 @@ from ares_jax.config import default_config
 from ares_jax.errors import UserError
 from ares_jax.metrics import read_jsonl
 from data_pipeline.errors import DataError
-from data_pipeline.prompts import Problem
-from data_pipeline.sources import JsonlSource
+from data_pipeline.problems import Problem
+from data_pipeline.sources import open_sources
 from tests.cold_start import fake
 
 RIGHT, WRONG = r"<think>a</think>\boxed{1}", r"<think>a</think>\boxed{2}"
@@ -94,9 +95,13 @@ def test_three_wrong_attempts_make_a_hard_problem_and_the_split_can_be_read_back
     right, wrong = Response(RIGHT), Response(WRONG)
     responses = {0: [wrong] * 3 + [right], 1: [wrong, wrong, right], 2: [wrong] * 2, 3: [wrong] * 4}
     assert hard_problems(space.problems("train"), responses) == [0, 3]
+    filmed = [replace(p, videos=(np.stack([IMAGE, IMAGE]),), video_fps=(4.0,)) for p in space.problems("train")]
+    space.problems = lambda split: filmed
     write_hard_split(space, [0, 3], tmp_path / "hard.jsonl")
-    source = JsonlSource([tmp_path / "hard.jsonl"])
+    source = open_sources((f"jsonl://{tmp_path}/hard.jsonl",))
     assert [(p.problem_id, p.level, p.question, p.answer) for p in (source[0], source[1])] == [
         ("p0", "hard", "q0", "1"), ("p3", "hard", "q3", "1"),
     ]  # fmt: skip
     np.testing.assert_array_equal(source[1].images[0], IMAGE)
+    np.testing.assert_array_equal(source[1].videos[0], [IMAGE, IMAGE])
+    assert source[1].video_fps == (4.0,)

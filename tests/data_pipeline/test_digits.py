@@ -1,12 +1,8 @@
-import json
-
 import numpy as np
 import pytest
 
 from ares_jax.evaluation.grading import extract_answer, has_format, is_correct
 from data_pipeline import digits, tokenizer
-from data_pipeline.images import from_data_url, to_data_url
-from data_pipeline.sources import JsonlSource, make_iterator, make_source
 from tests.digits import encoder
 
 
@@ -44,42 +40,6 @@ def test_the_tokenizer_survives_its_folder(tmp_path):
     image = digits.DigitsSource("test", 1, seed=0)[0].images[0]
     features = [p([image], return_tensors="np")["pixel_values"] for p in (pixels, encoder().image_processor)]
     np.testing.assert_array_equal(*features)
-
-
-def test_an_iterator_resumes_inside_an_epoch():
-    source = make_source("digits", "train", size=20)
-    iterator = make_iterator(source, lambda p: p.problem_id, seed=1, batch_size=3)
-    first = [next(iterator) for _ in range(4)]
-    state, rest = iterator.get_state(), [next(iterator) for _ in range(5)]
-    other = make_iterator(source, lambda p: p.problem_id, seed=1, batch_size=3)
-    other.set_state(json.loads(json.dumps(state)))
-    assert [next(other) for _ in range(5)] == rest
-    assert first != rest and len({i for batch in first + rest[:2] for i in batch}) == 18
-
-
-def test_jsonl_problems_and_their_errors(tmp_path):
-    image = digits.DigitsSource("test", 1, seed=0)[0].images[0]
-    lines = [
-        {"question": "q", "answer": 3, "images": [to_data_url(image)], "problem_id": "a"},
-        {"question": "q", "answer": "4", "images": ["gone.png"]},
-        {"answer": "5"},
-    ]
-    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    source = JsonlSource([tmp_path / "p.jsonl"])
-    np.testing.assert_array_equal(source[0].images[0], image)
-    with pytest.raises(ValueError, match="line 2: image 'gone.png': no such file"):
-        source[1]
-    with pytest.raises(ValueError, match="line 3: needs an object with question and answer"):
-        source[2]
-    with pytest.raises(ValueError, match="not a readable image"):
-        from_data_url("data:image/png;base64,AAAA")
-
-
-def test_placeholders_must_match_images():
-    problem = digits.DigitsSource("train", 3, seed=0)[0]
-    bad = type(problem)(**{**vars(problem), "question": "What is <|image_pad|>?"})
-    with pytest.raises(ValueError, match="2 image placeholders for 1 images"):
-        encoder()(bad)
 
 
 @pytest.mark.parametrize(

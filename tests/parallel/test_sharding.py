@@ -61,9 +61,7 @@ def test_the_sharded_update_is_the_single_device_one(data, fsdp, tensor):
 
 def test_rows_that_cannot_be_split_are_refused_with_the_remedy():
     place = place_model(digits.model(), make_mesh(data=2, fsdp=4))
-    with pytest.raises(
-        UserError, match="rows=12 cannot be split over mesh data x fsdp = 8; make it a multiple of 8"
-    ):
+    with pytest.raises(UserError, match="rows=12 cannot be split over mesh data x fsdp = 8; make it a multiple of 8"):
         place.put_batch({"tokens": np.zeros((12, 3))})
 
 
