@@ -70,7 +70,7 @@ def test_packed_segments_give_what_pytorch_gives_each_alone(pair):
 
 
 def test_bfloat16_is_as_near_to_float32_as_pytorchs_own(pair):
-    prompts = list(examples().values())
+    prompts = [*examples().values(), *examples(1).values()]
     exact = [pair.their_logits(prompt) for prompt in prompts]
     half = Pair(copy.deepcopy(pair.theirs).bfloat16(), pair.folder, jnp.bfloat16)
     ours = half.our_logits(batch_of(prompts))
@@ -83,5 +83,5 @@ def test_bfloat16_is_as_near_to_float32_as_pytorchs_own(pair):
     def spread(x):
         return np.sqrt(np.mean(x**2)), np.abs(x).max()
 
-    for mine, other in zip(spread(error(ours)), spread(error(theirs)), strict=True):
-        assert mine < 1.25 * other, (spread(error(ours)), spread(error(theirs)))
+    (mine, largest), (other, their_largest) = spread(error(ours)), spread(error(theirs))
+    assert mine < 1.05 * other and largest < 1.3 * their_largest, (mine, other, largest, their_largest)

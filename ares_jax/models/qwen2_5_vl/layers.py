@@ -44,6 +44,28 @@ def shard_rows(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
 
 
+@jax.custom_vjp
+def linear(x: Float[Array, "... D"], kernel: Float[Array, "D F"], bias: Float[Array, "F"]) -> Float[Array, "... F"]:
+    """`x @ kernel + bias`, rounded to the type of x once, after the sum, as PyTorch does.
+
+    Rounding the product, too, makes bf16 logits a tenth less exact.
+    """
+    wide = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+    return (wide + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def _linear_forward(*operands):
+    return linear(*operands), operands
+
+
+def _linear_backward(operands, gradient):
+    # Derived from `linear` itself, the products of the backward pass would be float32 ones: several times slower.
+    return jax.vjp(lambda x, kernel, bias: x @ kernel + bias, *operands)[1](gradient)
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
 def scan_layers(layer: Callable[[Any, Any], tuple[Any, Any]], carry: Any, stacked: Any, *, remat: bool) -> tuple[Any, Any]:
     """Runs `layer(carry, slice)` over the leading axis of `stacked`; compile time does not grow with depth."""
     body = jax.checkpoint(layer, prevent_cse=False) if remat else layer

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from ares_jax.models.qwen2_5_vl.attention import attention, causal_mask, paged_attention, write_page_slot
 from ares_jax.models.qwen2_5_vl.config import TextConfig
-from ares_jax.models.qwen2_5_vl.layers import Initializer, rms_norm, scan_layers, shard_rows
+from ares_jax.models.qwen2_5_vl.layers import Initializer, linear, rms_norm, scan_layers, shard_rows
 from ares_jax.models.qwen2_5_vl.rotary import mrope_angles, rotate
 
 
@@ -101,7 +101,7 @@ class TextDecoder(nnx.Module):
         c = self.config
         h = rms_norm(x, p["norm1"], c.rms_norm_eps)
         query, key, value = (
-            (h @ p[f"{name}_kernel"] + p[f"{name}_bias"]).reshape(*h.shape[:-1], -1, c.head_dim) for name in "qkv"
+            linear(h, p[f"{name}_kernel"], p[f"{name}_bias"]).reshape(*h.shape[:-1], -1, c.head_dim) for name in "qkv"
         )
         return rotate(query, angles), rotate(key, angles), value
 

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from ares_jax.models.qwen2_5_vl.attention import attention, same_group_mask
 from ares_jax.models.qwen2_5_vl.config import VisionConfig
-from ares_jax.models.qwen2_5_vl.layers import Initializer, rms_norm, scan_layers, shard_rows
+from ares_jax.models.qwen2_5_vl.layers import Initializer, linear, rms_norm, scan_layers, shard_rows
 from ares_jax.models.qwen2_5_vl.rotary import rotate, vision_angles
 
 _EPS = 1e-6
@@ -64,17 +64,19 @@ class VisionTower(nnx.Module):
             p, full = stacked
             p = jax.tree.map(lambda a: a.astype(self.dtype), p)
             h = rms_norm(x, p["norm1"], _EPS)
-            qkv = (h @ p["qkv_kernel"] + p["qkv_bias"]).reshape(rows, count, 3, c.num_heads, c.head_dim)
+            qkv = linear(h, p["qkv_kernel"], p["qkv_bias"]).reshape(rows, count, 3, c.num_heads, c.head_dim)
             query, key = rotate(qkv[:, :, 0], angles), rotate(qkv[:, :, 1], angles)
             mixed = attention(query, key, qkv[:, :, 2], jnp.where(full, in_frame, in_window))
-            x = x + mixed.reshape(rows, count, width) @ p["out_kernel"] + p["out_bias"]
+            x = x + linear(mixed.reshape(rows, count, width), p["out_kernel"], p["out_bias"])
             h = rms_norm(x, p["norm2"], _EPS)
-            h = jax.nn.silu(h @ p["gate_kernel"] + p["gate_bias"]) * (h @ p["up_kernel"] + p["up_bias"])
-            return shard_rows(x + h @ p["down_kernel"] + p["down_bias"]), None
+            h = jax.nn.silu(linear(h, p["gate_kernel"], p["gate_bias"])) * linear(h, p["up_kernel"], p["up_bias"])
+            return shard_rows(x + linear(h, p["down_kernel"], p["down_bias"])), None
 
         params = {name: value[...] for name, value in self.layers.items()}
         x, _ = scan_layers(layer, x, (params, full), remat=self.remat)
         x = rms_norm(x, self.merger_norm[...], _EPS).reshape(rows, count // c.spatial_merge_size**2, -1)
-        x = x @ self.merger_in_kernel[...].astype(self.dtype) + self.merger_in_bias[...].astype(self.dtype)
-        x = jax.nn.gelu(x, approximate=False)
-        return x @ self.merger_out_kernel[...].astype(self.dtype) + self.merger_out_bias[...].astype(self.dtype)
+        inner, outer = (
+            [value[...].astype(self.dtype) for value in pair]
+            for pair in ((self.merger_in_kernel, self.merger_in_bias), (self.merger_out_kernel, self.merger_out_bias))
+        )
+        return linear(jax.nn.gelu(linear(x, *inner), approximate=False), *outer)
