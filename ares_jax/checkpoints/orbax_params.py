@@ -33,7 +33,7 @@ from ares_jax.models.qwen2_5_vl.model import abstract_model
 from ares_jax.parallel.sharding import param_shardings
 
 PARAMS = "params"
-_CHUNK_BYTES = 32 * 2**20
+_CHUNK_BYTES = 16 * 2**20
 
 
 class OrbaxParams(Weights):
