@@ -84,8 +84,7 @@ def test_an_update_makes_good_leaves_likelier(scored):
     assert abs(sum(float(b["weight"].sum()) for b in batches) - 1) < 1e-5
 
 
-@pytest.mark.parametrize("row_tokens", [56, 96, 160])
-@pytest.mark.parametrize("tree", ["subtree", "leaf"])
+@pytest.mark.parametrize("tree, row_tokens", [("subtree", 56), ("subtree", 160), ("leaf", 96)])
 def test_a_tree_gives_the_gradient_of_its_leaves(scored, row_tokens, tree):
     """Shared prefixes computed once: the update of plain descent, which is the gradient, leaf by leaf and as trees."""
     leaves = step(scored, aepo(tree=tree), rows=16, trees=False)
