@@ -1,6 +1,6 @@
 """One AEPO update of the demo's model on the same rollout trees, three ways: as trees, leaf by leaf, and in PyTorch.
 
-    python -m benchmarks.learner --config=configs/digits_cpu.py --workdir=/tmp/benchmark
+    python -m benchmarks.learner --config=configs/digits_cpu.py --workdir=runs/benchmark
 
 Random weights, random responses of the digits task's lengths, branches at random places. PyTorch is `transformers`' own
 model under autograd, leaves padded to batches of 32; it computes the same loss, which is checked.

@@ -42,7 +42,8 @@ def tree_segments(
             own[:start] = owners[parent][:start]
         owners.append(own)
     segments, chunk, size = [], list[tuple[int, int]](), len(prompt.token_ids)
-    for leaf in sorted(range(len(owners)), key=lambda leaf: owners[leaf].tolist()):
+    # Bytes of big-endian numbers sort as the numbers do, and quickly: responses have thousands of tokens.
+    for leaf in sorted(range(len(owners)), key=lambda leaf: owners[leaf].astype(">u4").tobytes()):
         shared = _common(owners[chunk[-1][0]], owners[leaf]) if chunk else 0
         if chunk and size + len(owners[leaf]) - shared > row_tokens:
             segments.append(_segment(prompt, responses, owners, extras, chunk))

@@ -70,7 +70,7 @@ class Learner:
         `reference`: weights of the reference policy, on the device or on the host (they are then on the device only while
         its log-probs are computed); None: no KL term.
         """
-        micro_batches = [self._placement.put_batch(batch) for batch in batches]
+        micro_batches = [dict(batch) for batch in batches]  # on the host: the devices hold one at a time
         fixed = {"recomputed": state.params} if self._recompute else {}
         if reference is not None:
             fixed["reference"] = self._placement.put(reference)
@@ -78,7 +78,7 @@ class Learner:
             params = fixed.pop(name)
             with jax.set_mesh(self._placement.mesh):
                 for batch in micro_batches:
-                    batch[name] = self._log_probs(params, batch)
+                    batch[name] = np.asarray(self._log_probs(params, self._placement.put_batch(batch)))
             del params
         state, metrics = self._update(state, micro_batches)
         return state, jax.device_get(metrics)
