@@ -36,7 +36,7 @@ RESULTS = Path(__file__).with_name("RESULTS.md")
 _PLOT = Path(__file__).with_name("ablation.png")
 _HEADING = "## Ablation on the digits task"
 
-_TEST = "('digits://test?size=3000',)"  # the demo's 900 tell differences of 5 points apart, not of 2
+_TEST = "('digits://test?size=6000',)"  # the demo's 900 tell differences of 5 points apart, not of 2
 _COLD_START = "cold start"
 ROWS = {
     "+ GRPO": METHODS["grpo"],
@@ -44,6 +44,7 @@ ROWS = {
     "+ dynamic KL": METHODS["dynamic_kl"],
     "+ entropy shaping": METHODS["entropy_shaping"],
     "full (branching)": METHODS["aepo"],
+    "full, windows of 6": {**METHODS["aepo"], "window": 6},  # long enough to reach from an ordinal to the value after it
 }
 
 
