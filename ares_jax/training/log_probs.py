@@ -29,7 +29,7 @@ def token_statistics(model: Qwen25VL, banned: Bool[Array, "V"], *, temperature: 
             return token_log_probs_and_entropy(hidden, head, targets, temperature=temperature, banned=banned)
 
         mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty or len(targets) % mesh.size:
+        if mesh.empty or mesh.size == 1 or len(targets) % mesh.size:
             return local(hidden, head, targets)
         # Every device goes through its own tokens in chunks; left to the compiler, each would go through all of them.
         tokens = PartitionSpec(mesh.axis_names)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from ares_jax.models.lora import PROJECTIONS, Lora, factors
 from ares_jax.models.qwen2_5_vl.attention import self_attention
 from ares_jax.models.qwen2_5_vl.config import TextConfig
-from ares_jax.models.qwen2_5_vl.layers import Initializer, linear, rms_norm, scan_layers
+from ares_jax.models.qwen2_5_vl.layers import Initializer, linear, matmul, rms_norm, scan_layers
 from ares_jax.models.qwen2_5_vl.paged import paged_attention, write_page_slot
 from ares_jax.models.qwen2_5_vl.rotary import mrope_angles, rotate
 from ares_jax.parallel.sharding import constrain
@@ -139,11 +139,11 @@ class TextDecoder(nnx.Module):
 
     def _linear(self, x, p, name):
         kernel, bias = p[f"{name}_kernel"], p.get(f"{name}_bias")
-        out = x @ kernel if bias is None else linear(x, kernel, bias)
+        out = matmul(x, kernel) if bias is None else linear(x, kernel, bias)
         if not self.lora:
             return out
         a, b = factors(f"{name}_kernel")
-        return out + self.lora.scale * ((x @ p[a]) @ p[b])
+        return out + self.lora.scale * matmul(matmul(x, p[a]), p[b])
 
 
 def _interleave(key: Float[Array, "B T K H"], value: Float[Array, "B T K H"]) -> Float[Array, "B T 2K H"]:
