@@ -4,6 +4,7 @@ What these rules decide, math-verify is not asked: it drops units (5 m would equ
 letters (cat would equal act).
 """
 
+import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -101,6 +102,14 @@ class Quantity:
     unit: str  # "": none, or a noun that counts ("apples")
     is_fraction: bool
     decimals: int  # places after the point; -1: no point
+
+    @property
+    def real(self) -> float:
+        """The value as a float; infinite where that has no room for it (1e999)."""
+        try:
+            return float(self.value)
+        except OverflowError:
+            return math.copysign(math.inf, self.value)
 
 
 def exact_verdict(given: str, wanted: str) -> bool | None:

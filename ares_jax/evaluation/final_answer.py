@@ -6,23 +6,33 @@ from collections.abc import Sequence
 from ares_jax.evaluation.grading import extract_answer, same_answer
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_WRAP = r"(?:\\(?:text|textbf|mathrm|mathbf|boxed))?\{?\(?([A-Z])\)?\}?"
 _OPTION = (  # an option's letter, perhaps in marks; not "A or B", and not the article
-    r"[*_$\s]*[(\[]?[*_]*(?:\\(?:text|mathrm|mathbf|boxed))?\{?([A-Z])\}?[)\]*_$]*"
-    r"(?![A-Za-z'’])(?!\s*(?:,|/|\bor\b|\band\b|&)\s*\(?[A-Z]\b)"
+    r"[*_$\s]*+(?:\\\()?[(\[（]?[*_]*+" + _WRAP + r"[)\]）*_$]*+"
+    r"(?![A-Za-z'’])(?!\s*(?:,|/|、|\bor\b|\band\b|或|和|&)\s*\(?[A-Z](?![A-Za-z]))"
 )
 _ANSWERED = re.compile(
-    r"(?i:answer(?:\s+(?:is|would\s+be|should\s+be|must\s+be))?)\s*[:：=]?\s*(?i:(?:option|choice)\s+)?" + _OPTION
+    r"(?:(?i:answer(?:\s+(?:is|would\s+be|should\s+be|must\s+be))?)|答案(?:应为|应该是|是|为|选)?|故选|应选|选(?!项)择?)"
+    r"[*_\s]*+[:：=]?[*_$\s]*+(?:(?i:(?:option|choice)\s+)|选?项)?" + _OPTION
 )
-_PICKED = re.compile(r"(?i:\b(?:option|choice))\s*[:：]?\s*(?i:is\s+)?" + _OPTION)
-_ALONE = re.compile(r"[*_$\s(\[]*(?:\\(?:text|mathrm|mathbf))?\{?\(?([A-Z])\)?\}?[*_$\s)\].:]*")
+_PICKED = re.compile(r"(?:(?i:\b(?:option|choice))|选项)[*_\s]*+[:：]?\s*+(?:(?i:is\s+)|[是为])?" + _OPTION)
+_ALONE = re.compile(r"[*_$\s(\[（#]*+(?:\\\(\s*+)?" + _WRAP + r"(?:\s*+\\\))?[*_$\s)\]）.:。]*+")
 _LEADING = re.compile(r"\(?([A-Z])[).:]\s+\S")
-_BEHIND = re.compile(r"(?:final answer|answer)(?:\s+is)?\s*[:：]\s*(.+)|(?:final answer|answer) is\s+(.+)", re.IGNORECASE)
+_BEHIND = re.compile(
+    r"(?:final answer|answer)(?:\s+is)?[*_]*+\s*+[:：]\s*+(.+)|(?:final answer|answer) is\s+(.+)"
+    r"|^[#*_ ]*+(?:final )?answer[*_ ]*+\n\s*+(.+)|答案(?:应为|应该是|是|为)?\s*+[:：]?\s*+(.+)",
+    re.IGNORECASE | re.MULTILINE,
+)
 
 
 def spoken(response: str) -> str:
-    """Returns what stands after the thinking; nothing if that is not over."""
+    """Returns what stands after the thinking, in the last <answer> if there is any; nothing if the thinking is not over."""
     text = response.rpartition("</think>")[2]
-    return "" if "<think>" in text else text.strip()
+    if "<think>" in text:
+        return ""
+    before, closed, _ = text.rpartition("</answer>")
+    _, opened, tagged = before.rpartition("<answer>")
+    return (tagged if closed and opened else text).strip()
 
 
 def final_text(response: str) -> str | None:
@@ -33,15 +43,15 @@ def final_text(response: str) -> str | None:
     if "\\boxed" in text:  # a box that is never closed
         return None
     if found := _BEHIND.findall(text):
-        return (found[-1][0] or found[-1][1]).strip().rstrip(".").strip("*_ ") or None
+        return "".join(found[-1]).strip().rstrip(".。").strip("*_ ") or None
     return text if text and "\n" not in text and len(text.split()) <= 8 else None
 
 
 def letter(response: str, count: int, options: Sequence[str] = ()) -> str | None:
     """Returns the chosen letter of the first `count`, None if none or more than one was.
 
-    In a box: a letter, "(B) text", or the text of exactly one of `options`. Without a box: the last "answer is B"; the
-    only "option B"; a response that is a letter, or starts with "B. " or "(B) " and names no other.
+    In a box: a letter, "(B) text", or the text of exactly one of `options`. Without a box: the last "answer is B" or
+    "故选B"; the only line that is a letter; the only "option B"; a start with "B. " or "(B) " where no other is named.
     """
     allowed = LETTERS[:count]
     boxed = extract_answer(response)
@@ -54,6 +64,9 @@ def letter(response: str, count: int, options: Sequence[str] = ()) -> str | None
         return match[1]
     if said := [m[1] for m in _ANSWERED.finditer(text) if m[1] in allowed]:
         return said[-1]
+    lines = {m[1] for line in text.splitlines() if (m := _ALONE.fullmatch(line))} & set(allowed)
+    if len(lines) == 1:
+        return lines.pop()
     if len(picked := {m[1] for m in _PICKED.finditer(text) if m[1] in allowed}) == 1:
         return picked.pop()
     if (match := _LEADING.match(text)) and match[1] in allowed and len(_named(text, allowed)) == 1:
@@ -62,11 +75,12 @@ def letter(response: str, count: int, options: Sequence[str] = ()) -> str | None
 
 
 def _in_box(boxed: str, allowed: str, options: Sequence[str]) -> str | None:
-    bare = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r"\1", boxed).strip()
+    bare = untexted(boxed)
     if (match := _ALONE.fullmatch(bare)) and match[1] in allowed:
         return match[1]
-    if len(bare) == 1 and bare.upper() in allowed and bare not in options:
-        return bare.upper()
+    small = bare.strip("(). ")
+    if len(small) == 1 and small.upper() in allowed and bare not in options:
+        return small.upper()
     if same := [LETTERS[i] for i, option in enumerate(options) if option and same_answer(bare, option)]:
         return same[0] if len(same) == 1 else None
     if match := re.match(r"(?:option|choice|answer)?\s*\(?([A-Z])[).:]\s*\S", bare, re.IGNORECASE):
@@ -81,16 +95,20 @@ def _named(text: str, allowed: str) -> set[str]:
     return {m for m in re.findall(r"(?<![A-Za-z0-9])\(?([A-Z])[).:](?![A-Za-z0-9])", text) if m in allowed}
 
 
+def untexted(text: str) -> str:
+    """Returns the text without \\text{...} and its like around words."""
+    return re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r"\1", text).strip()
+
+
 def letters(response: str, count: int) -> frozenset[str] | None:
-    """Returns the letters of an answer that may hold several, such as "A, C" or "AC"; None if it is anything else."""
-    text = final_text(response)
-    if text is None:
-        single = letter(response, count)
-        return frozenset(single) if single else None
-    bare = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r"\1", text)
-    bare = re.sub(r"\band\b|[\s,;&()\[\].$*_]", "", bare)
-    found = frozenset(bare)
-    if bare and found <= set(LETTERS[:count]) and len(found) == len(bare):
-        return found
+    """Returns the letters of an answer that may hold several, such as "A, C", "AC" or a box each; None if it is else."""
+    last = next((line for line in reversed(spoken(response).splitlines()) if "\\boxed" in line), "")
+    for text in (last[last.find("\\boxed") :] if last.count("\\boxed") > 1 else "", final_text(response) or ""):
+        bare = re.sub(
+            r"\\boxed|\b(?:and|options?|choices?)\b|[\s,;、，&和()\[\]{}.$*_\\]", "", untexted(text), flags=re.IGNORECASE
+        )
+        found = frozenset(bare)
+        if bare and found <= set(LETTERS[:count]) and len(found) == len(bare):
+            return found
     single = letter(response, count)
     return frozenset(single) if single else None

@@ -15,6 +15,7 @@ from ares_jax.errors import UserError
 from ares_jax.evaluation.benchmark import Benchmark
 
 Row = Mapping[str, Any]
+_NAMED = 8  # files that an error names
 
 
 def find_folder(benchmark: Benchmark, root: Path) -> Path:
@@ -30,10 +31,15 @@ def find_folder(benchmark: Benchmark, root: Path) -> Path:
         return root
     owner, _, name = benchmark.hub.partition("/")
     snapshots = sorted((root / f"datasets--{owner}--{name}" / "snapshots").glob("*"))
-    for folder in (root / owner / name, root / name, root / benchmark.name, *reversed(snapshots)):
-        if folder.is_dir() and any(matching(folder, benchmark.files)):
+    folders = [
+        folder
+        for folder in (root / owner / name, root / name, root / benchmark.name, *reversed(snapshots))
+        if folder.is_dir()
+    ]
+    for folder in folders:
+        if any(matching(folder, benchmark.files)):
             return folder
-    return _downloaded(benchmark, root / owner / name)
+    return _downloaded(benchmark, root / owner / name, folders)
 
 
 def matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
@@ -49,13 +55,27 @@ def rows(folder: Path, *patterns: str) -> Iterator[tuple[Path, Row]]:
     """
     files = matching(folder, patterns)
     if not files:
-        raise UserError(f"{folder}: no file {' or '.join(patterns)}; is it the data set as the hub stores it?")
+        raise UserError(
+            f"{folder}: no file {' or '.join(patterns)}; {held(folder)}; is it the data set as the hub stores it?"
+        )
     for path in files:
         try:
             for row in _READERS[path.suffix](path):
                 yield path, row
         except (pa.ArrowException, ValueError, OSError) as error:
             raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}); download it again") from None
+
+
+def first_rows(folder: Path, *patterns: str) -> Iterator[tuple[Path, Row]]:
+    """Yields the rows of the first pattern that any file matches: for data sets whose files have had several names."""
+    first = next(([pattern] for pattern in patterns if matching(folder, [pattern])), patterns)
+    return rows(folder, *first)
+
+
+def held(folder: Path) -> str:
+    """Returns "it holds ..." with the first files of a folder, for errors."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return f"it holds {_few([name for name in names if not name.startswith('.')])}"
 
 
 def value(row: Row, *names: str) -> Any:
@@ -108,20 +128,28 @@ def _csv(path: Path) -> Iterator[Row]:
 _READERS = {".parquet": _parquet, ".jsonl": _jsonl, ".json": _json, ".csv": _csv}
 
 
-def _downloaded(benchmark: Benchmark, target: Path) -> Path:
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return (", ".join(names[:_NAMED]) or "no file") + more
+
+
+def _downloaded(benchmark: Benchmark, target: Path, tried: Sequence[Path]) -> Path:
+    wanted = " or ".join(benchmark.files)
+    found = f" ({tried[0]} has no {wanted}; {held(tried[0])})" if tried else ""
     remedy = f"`hf download --repo-type dataset {benchmark.hub} --local-dir {target}`, on a machine that can, fetches it"
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        raise UserError(f"{target}: no {benchmark.title} here, and HF_HUB_OFFLINE is set; {remedy}")
-    from huggingface_hub import snapshot_download  # slow to import, and needed once
+        raise UserError(f"{target}: no {benchmark.title} here{found}, and HF_HUB_OFFLINE is set; {remedy}")
+    from huggingface_hub import list_repo_files, snapshot_download  # slow to import, and needed once
 
     try:
         snapshot_download(
             benchmark.hub, repo_type="dataset", allow_patterns=[*benchmark.files, "README.md"], local_dir=str(target)
         )
+        names = [] if matching(target, benchmark.files) else list_repo_files(benchmark.hub, repo_type="dataset")
     except Exception as error:  # no network, no such name, gated, no room: the hub has an exception for each
         raise UserError(
-            f"{target}: no {benchmark.title} here, no download ({str(error).splitlines()[0]}); {remedy}"
+            f"{target}: no {benchmark.title} here{found}, no download ({str(error).splitlines()[0]}); {remedy}"
         ) from None
     if not matching(target, benchmark.files):
-        raise UserError(f"{benchmark.hub} has no file {' or '.join(benchmark.files)}: its layout changed")
+        raise UserError(f"{benchmark.hub} has no file {wanted}, it has {_few(names)}: its layout changed")
     return target

@@ -41,10 +41,12 @@ def mathverse(folder):
 def mathvision(folder):
     common = {"image": "images/1.jpg", "decoded_image": image(), "solution": None}
     choice = {"id": "1", "question": "How many? <image1>", "options": ["1/2", "3", "7", "5", "6"], "answer": "C"}
+    drawn = {"id": "3", "question": "Which one? <image1>", "options": list("ABCDE"), "answer": "D"}
     free = {"id": "2", "question": "How long?", "options": [], "answer": "2.5"}
     rows = [
         {**choice, **common, "level": 2, "subject": "counting"},
         {**free, **common, "level": 5, "subject": "metric geometry - length"},
+        {**drawn, **common, "level": 1, "subject": "logic"},
     ]
     parquet(folder / "data" / "test-00000-of-00001-3532b8d3f1b4047a.parquet", rows)
 
@@ -85,7 +87,7 @@ def dynamath(folder):
             }
             for seed, kind, truth in ((1, "float", "2.0944"), (2, "multiple choice", "B"), (3, "text", "5:0 May"))
         ]  # fmt: skip
-        parquet(folder / "data" / f"sample{variant}-00000-of-00001.parquet", rows)
+        parquet(folder / "data" / f"sample{variant}-00000-of-{variant:05}.parquet", rows)
 
 
 def wemath(folder):
@@ -103,9 +105,12 @@ def wemath(folder):
 
 def logicvista(folder):
     rows = [
-        {"id": f"v1_{i}", "question": "Which comes next? Select from A, B, C, and D", "answer": answer, "image": image(),
-         "reasoning": "...", "skill": ["inductive"], "broad_capability": ["diagram"], "imagesource": "x"}
-        for i, answer in enumerate(("C", "A, C"))
+        {
+            "id": f"v1_{i}", "question": f"Which comes next? Select from {choices}", "answer": answer, "image": image(),
+            "reasoning": "...", "skill": ["inductive"], "broad_capability": ["diagram"], "specific_capability": ["ocr"],
+            "imagesource": "x", "sourcelink": "https://x", "liscenced": "no",
+        }
+        for i, (choices, answer) in enumerate((("A, B, C, and D", "C"), ("A-D", "A, C"), ("1-5", "3")))
     ]  # fmt: skip
     parquet(folder / "data" / "test-00000-of-00001.parquet", rows)
 
@@ -135,7 +140,7 @@ def mmmu_pro(folder):
     }  # fmt: skip
     vision = {"id": "test_History_1", "image": image(), "options": str(options), "answer": "J", "subject": "History"}
     parquet(folder / "standard (10 options)" / "test-00000-of-00002.parquet", [standard])
-    parquet(folder / "vision" / "test-00000-of-00006.parquet", [vision])
+    parquet(folder / "vision" / "test-00000-of-00004.parquet", [vision])
 
 
 def charxiv(folder):
@@ -165,7 +170,7 @@ def olympiadbench(folder):
         return {
             "id": number, "question": "Determine $C$.<image_1>", "solution": ["..."], "final_answer": [answer],
             "context": None,
-            **{f"image_{i}": None for i in range(1, 6)}, "modality": "Text-only", "difficulty": "Competition",
+            **{f"image_{i}": None for i in range(1, 10)}, "modality": "Text-only", "difficulty": "Competition",
             "is_multiple_answer": False, "unit": None, "answer_type": "Numerical", "error": None,
             "question_type": "Open-ended",
             "subfield": "Algebra", "subject": "Math", "language": "English", **values,

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from ares_jax.errors import UserError
+from ares_jax.evaluation import final_answer
 from ares_jax.evaluation.benchmark import Graded
-from ares_jax.evaluation.benchmarks import BENCHMARKS, bbeh, chosen, mathvista, mmmu_pro
+from ares_jax.evaluation.benchmarks import BENCHMARKS, bbeh, chosen, mathvista, mmmu_pro, olympiadbench
 from ares_jax.evaluation.published import find_folder
 from ares_jax.evaluation.scores import Answered, measured
 from tests.evaluation import published_layouts
@@ -41,8 +42,8 @@ def verdicts(samples, name, index, *responses):
 
 
 SAMPLES = {
-    "mathverse": 3, "mathverse_vision_only": 2, "mathvision": 2, "mathvista": 4, "dynamath": 6, "wemath": 13,
-    "logicvista": 2,
+    "mathverse": 3, "mathverse_vision_only": 2, "mathvision": 3, "mathvista": 4, "dynamath": 6, "wemath": 13,
+    "logicvista": 3,
     "mmmu": 2, "mmmu_pro": 2, "charxiv": 4, "mmstar": 1, "olympiadbench": 3, "olympiadbench_maths_en": 2, "aime24": 1,
     "aime25": 1, "math_500": 1, "gsm8k": 1, "gpqa": 1, "mmlu_pro": 1, "bbeh": 2, "ares_hard": 1,
 }  # fmt: skip
@@ -61,8 +62,9 @@ def test_every_benchmark_reads_all_its_rows_and_no_others(samples):
         (
             "mathvision",
             0,
-            'Please solve the problem step by step and put your answer in one "\\boxed{}".\nHow many? <image1>\n'
-            "Choices: A. 1/2\nB. 3\nC. 7\nD. 5\nE. 6▢",
+            'Please solve the problem step by step and put your answer in one "\\boxed{}". If it is a multiple choice '
+            'question, only one letter is allowed in the "\\boxed{}".\nHow many? <image1>\n'
+            "(A) 1/2\n(B) 3\n(C) 7\n(D) 5\n(E) 6\n▢",
         ),
         ("mathvista", 2, "▢Hint: Please answer the question and provide the final value.\nQuestion: Q3"),
         ("logicvista", 0, "▢Which comes next? Select from A, B, C, and D"),
@@ -112,6 +114,9 @@ def test_olympiad_prompts_name_kind_and_unit_in_either_language(samples):
     assert 'end your solution with "So the final answer is \\boxed{answer}."' in texts(first)
     assert "The answer of The problem should be a numerical value. Please" in texts(first)
     assert "The problem has multiple answers, each of them should be a numerical value." in texts(several)
+    row = {"answer_type": "Numerical,Expression,Numerical", "is_multiple_answer": True}
+    order = "with the answers in order being a numerical value, an expression, a numerical value. "
+    assert order in olympiadbench.prompt(row, chinese=False, maths=True)
 
 
 RIGHT_OR_WRONG = [  # benchmark, row, {response: verdict}
@@ -133,8 +138,10 @@ RIGHT_OR_WRONG = [  # benchmark, row, {response: verdict}
     }),
     ("mathvision", 1, {
         r"\boxed{2.5}": True, r"\boxed{5/2}": True, r"\boxed{2.501}": True, r"\boxed{2.51}": False, r"\boxed{x=2.5}": True,
-        r"\boxed{25}": False, r"\boxed{B}": False,
+        r"\boxed{25}": False, r"\boxed{B}": False, "The length is 2.5.": True, r"\boxed{2.5\text{ cm}}": True,
+        "答案：2.5": True, r"\boxed{1e999}": False,
     }),
+    ("mathvision", 2, {r"\boxed{D}": True, r"\boxed{(d)}": True, r"\boxed{A}": False, r"\boxed{A, D}": False}),
     ("mathvista", 0, {
         r"\boxed{C}": True, "(C) smaller than": True, r"\boxed{smaller than}": True, r"\boxed{smaler than}": True,
         r"\boxed{larger than}": False, "The answer is (B).": False, "No idea, it could be\nanything": None,
@@ -142,17 +149,24 @@ RIGHT_OR_WRONG = [  # benchmark, row, {response: verdict}
     ("mathvista", 1, {r"\boxed{1.45}": True, r"\boxed{1.449}": True, r"\boxed{\$1.45}": True, r"\boxed{1.4}": False,
     "": None}),
     ("mathvista", 2, {"The answer is 14.": True, r"\boxed{14.0}": True, r"\boxed{15}": False, r"\boxed{about many}": None}),
-    ("mathvista", 3, {r"\boxed{[2007, 2008]}": True, r"\boxed{[2008, 2007]}": False}),
+    ("mathvista", 3, {
+        r"\boxed{[2007, 2008]}": True, "The answer is [2007,2008].": True, r"\boxed{2007, 2008}": True,
+        r"\boxed{[2008, 2007]}": False,
+    }),
     ("dynamath", 0, {
         '{"solution": "pi", "short answer": "2.094"}': True, '```json\n{"short answer": 2.0944}\n```': True,
         r'{"solution": "\frac{2\pi}{3}", "short answer": "2.094"}': True, '{"short answer": "2.10"}': False,
+        '{"short answer": "≈ 2.094 cm"}': True, '{"short answer": "x = 2π/3"}': None, '{"short answer": "0.6667π"}': True,
         r"\boxed{2.094}": True, '{"short answer": "two"}': None, "Let me see:\nno": None, '{"short answer": ""}': False,
     }),
     ("dynamath", 1, {
-        '{"short answer": "B"}': True, '{"short answer": "(b) no"}': None, '{"short answer": "B. no"}': True,
-        '{"short answer": "A"}': False, r"\boxed{B}": True,
+        '{"short answer": "B"}': True, '{"short answer": "(b) no"}': True,
+        '{"short answer": "a or b"}': None, '{"short answer": "B. no"}': True,
+        '{"short answer": "A"}': False, r"\boxed{B}": True, '{"short answer": "b"}': True, '{"short answer": "(b)"}': True,
     }),
-    ("dynamath", 2, {'{"short answer": "5:0"}': True, '{"short answer": "6:0"}': False, '{"short answer": " "}': False}),
+    ("dynamath", 2, {
+        '{"short answer": "It is 5:0 May"}': True, '{"short answer": "It is 15:0 May"}': False,
+        '{"short answer": "5:0"}': True, '{"short answer": "6:0"}': False, '{"short answer": " "}': False}),
     ("wemath", 0, {
         "<Thought process>: <<2>> <Answer>: <<B>>": True, "<Answer>: <<B. 2>>": True, r"\boxed{B}": True,
         "<Answer>:B.": True,
@@ -161,7 +175,12 @@ RIGHT_OR_WRONG = [  # benchmark, row, {response: verdict}
     ("logicvista", 0, {r"\boxed{C}": True, "The answer is C.": True, r"\boxed{A, C}": False, "C": True, "Hm.\nNo.": None}),
     ("logicvista", 1, {
         r"\boxed{A, C}": True, r"\boxed{AC}": True, r"\boxed{C and A}": True, r"\boxed{A}": False, r"\boxed{A, B, C}": False,
-        r"\boxed{\text{A, C}}": True,
+        r"\boxed{\text{A, C}}": True, "Options A and C": True, "答案是A、C": True, r"\boxed{A}\text{ and }\boxed{C}": True,
+        r"\boxed{A}? No: \boxed{C}": False, "(A), (C)": True,
+    }),
+    ("logicvista", 2, {
+        "3": True, r"\boxed{\text{3}}": True, "**Answer:** (3)": True, "Option 3": True, "答案是3。": True,
+        r"\boxed{4}": False, r"\boxed{1 and 3}": False, "C": None, "The third, for 2 reasons": None, "": None,
     }),
     ("mmmu", 0, {
         "B": True, "(B)": True, r"\boxed{B}": True, "It is (A)? No: (B)": True, "The answer is C": False, "": False,
@@ -182,18 +201,27 @@ RIGHT_OR_WRONG = [  # benchmark, row, {response: verdict}
     ("olympiadbench", 1, {
         r"So the final answer is $\boxed{\frac{1}{2}}$.": True, r"\boxed{0.5}": True, r"\boxed{1/2}": True,
         r"\boxed{0.51}": False,
-        r"\boxed{1} So the final answer is \boxed{\frac12}.": True, "1/2": False, r"\boxed{\frac{1}{2}": False,
+        r"\boxed{1} So the final answer is \boxed{\frac12}.": True, "1/2": True, r"\boxed{\frac{1}{2}": False,
     }),
     ("olympiadbench", 2, {
         r"\boxed{\frac12, 1}": True, r"So the final answer is \boxed{1} and \boxed{0.5}.": True, r"\boxed{1}": False,
-        r"\boxed{1, 1}": False, r"\boxed{1, 1/2, 2}": False,
+        r"\boxed{1, 1}": False, r"\boxed{1, 1/2, 2}": False, r"So $x=\boxed{1}$ or $x=\boxed{\frac12}$": True,
+        r"So the final answer is $1$, $\frac12$.": True, r"\boxed{1 \text{ and } \frac{1}{2}}": True,
     }),
-    ("olympiadbench", 0, {r"所以最终答案是\boxed{9.75}(m/s)。": True, r"\boxed{9.6}": False, r"\boxed{9.8}": True}),
-    ("aime24", 0, {r"\boxed{33}": True, r"\boxed{033}": True, r"\boxed{33.0}": True, r"\boxed{330}": False, "33": False}),
+    ("olympiadbench", 0, {
+        r"所以最终答案是9.8 m/s。": True, r"所以最终答案是\boxed{9.8\text{米/秒}}。": True,
+        "所以最终答案是：\n\n$$\\boxed{9.8}$$": True,
+        r"所以最终答案是\boxed{9.75}(m/s)。": True, r"\boxed{9.6}": False, r"\boxed{9.8}": True,
+    }),
+    ("aime24", 0, {
+        r"\boxed{\textbf{033}}": True, r"\boxed{33} no \boxed{34}": False,
+        r"\boxed{33}": True, r"\boxed{033}": True, r"\boxed{33.0}": True, r"\boxed{330}": False, "33": False,
+    }),
     ("math_500", 0, {r"\boxed{(3, \pi/2)}": True, r"\boxed{(\pi/2, 3)}": False, r"<think>\boxed{(3, \pi/2)}": False}),
     ("gsm8k", 0, {
         r"\boxed{1018}": True, "#### 1,018": True, "The answer is 1018 eggs.": True, r"\boxed{\$1,018}": True,
-        r"\boxed{1,0180}": False, "#### ": False, "18": False,
+        r"\boxed{1{,}018\text{ eggs}}": True, "### Final Answer\n\n**1,018**": True, "<answer>1018</answer>": True,
+        r"\boxed{1,0180}": False, "#### ": False, "18": False, r"\boxed{1.018}": False,
     }),
     ("mmlu_pro", 0, {
         "So the answer is (B).": True, "Answer: B": True, r"\boxed{B}": True, r"\boxed{two}": True,
@@ -204,7 +232,8 @@ RIGHT_OR_WRONG = [  # benchmark, row, {response: verdict}
         "The answer is: apple, pear": True, "The answer is: apple,pear.": True, "The answer is: pear, apple": False,
         "": False,
         "Hm. The answer is: pear\nThe answer is: **apple, pear**\nBye": True, r"\boxed{apple, pear}": True,
-        "<think>The answer is: apple, pear": False,
+        "<think>The answer is: apple, pear": False, "**The answer is: \\boxed{apple,  pear}**": True,
+        "Ok The final answer is: \\boxed{apple, pear}.": True, "The answer is: `apple, pear`": True,
     }),
     ("bbeh", 1, {"The answer is: b": True, "The answer is: (B)": True, "The answer is: (c)": False}),
     ("ares_hard", 0, {r"\boxed{3}": True, r"\boxed{x=3}": True, r"\boxed{4}": False, "Hm.\nNo.": None}),
@@ -215,6 +244,50 @@ RIGHT_OR_WRONG = [  # benchmark, row, {response: verdict}
 def test_answers(samples, name, index, cases):
     found = {r: BENCHMARKS[name].grade(samples[name][index], r).correct for r in cases}
     assert found == cases
+
+
+CHOSEN = (  # how models say that they choose X; Y is another option
+    "X", "**X**", "(X)", "X)", "X. 7", "X\n\nExplanation: Y is too small.", "The answer is **X**.", "The answer is (X) 12",
+    "**Answer: X**", "**Answer:** X", "Answer: X. because of that", "### Final Answer\n\n**X**", r"So the answer is \(X\).",
+    "Options:\n(A) one\n(B) two\n(C) three\n(D) four\n\nWe compute. So the correct option is (X).",
+    "The correct answer is **Option X**: 7.", "I think Y is wrong, so the answer must be X.", "Correct choice: X",
+    "The answer is Y... wait, no. The answer is X.", "答案是X。", "答案：X", "正确答案为 **X**", "故选：X．",
+    "因此，正确选项是 X。",
+    r"$\boxed{\text{X}}$", r"\boxed{\textbf{(X)}}", r"\boxed{X.}", r"\boxed{\textbf{(X)}\ 12}", r"\boxed{Y} no: \boxed{X}",
+    "<think>Maybe Y</think>\n\nX",
+    r"<think>\boxed{Y}</think>**X**", "<answer>X</answer>", r"<think>Y</think><answer>\boxed{X}</answer>",
+)  # fmt: skip
+NOTHING = (
+    "", "I'm sorry, but I can't determine the answer from the image.", "The image is missing. I cannot answer.",
+    "As an AI, I can't see the picture", "None of the above", "I think that I need the image to answer this question.",
+    "A closer look at the figure is needed; I cannot answer.", "无法确定。", "<think>The answer is X",
+    r"<think>\boxed{X} But wait", r"\boxed{X", r"\boxed{}", r"<think>X</think>",
+)  # fmt: skip
+CHOICES = {  # row, the right option
+    "mathverse": (0, "B"), "mathvision": (0, "C"), "mathvista": (0, "C"), "wemath": (0, "B"), "logicvista": (0, "C"),
+    "mmmu": (0, "B"), "mmmu_pro": (0, "J"), "mmstar": (0, "B"), "mmlu_pro": (0, "B"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_chosen_letter_is_found_in_every_form_and_none_in_a_refusal(samples, name):
+    index, right = CHOICES[name]
+    wrong = "A"
+
+    def found(forms, x, y):
+        return {f: verdicts(samples, name, index, f.replace("X", x).replace("Y", y))[0] for f in forms}
+
+    assert found(CHOSEN, right, wrong) == dict.fromkeys(CHOSEN, True)
+    assert found(CHOSEN, wrong, right) == dict.fromkeys(CHOSEN, False)
+    unknown = None if BENCHMARKS[name].judge_rule else False
+    assert found(NOTHING, right, wrong) == dict.fromkeys(NOTHING, unknown)
+
+
+@pytest.mark.parametrize("text", [" ", "\n", "*", "answer ", "answer is\n", "<answer>", "答案", "\\boxed{", "#\n", "A\n"])
+def test_a_response_that_repeats_itself_takes_linear_time(text):
+    response = "answer" + text * 100_000  # a quadratic search ends within no test's limit
+    assert final_answer.letter(response, 10) == ("A" if text == "A\n" else None)
+    assert len(final_answer.final_text(response) or "") <= len(response)
 
 
 def test_gpqa_takes_the_letter_of_the_shuffled_answer(samples):
@@ -290,6 +363,19 @@ def test_a_layout_that_changed_is_named(tmp_path):
     (tmp_path / "aime25" / "test.jsonl").write_text("no json\n")
     with pytest.raises(UserError, match="test.jsonl: cannot be read"):
         benchmark.load(find_folder(benchmark, tmp_path))
+
+
+def test_a_data_set_with_other_files_is_named_with_what_it_holds(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    published_layouts.jsonl(tmp_path / "aime25" / "data" / "train.jsonl", [{}])
+    with pytest.raises(UserError, match=r"aime25 has no test.jsonl; it holds data/train.jsonl\)"):
+        find_folder(BENCHMARKS["aime25"], tmp_path)
+
+
+def test_a_data_set_whose_file_has_another_name_is_read(tmp_path):
+    published_layouts.logicvista(tmp_path)
+    (tmp_path / "data" / "test-00000-of-00001.parquet").rename(tmp_path / "logicvista.parquet")
+    assert len(BENCHMARKS["logicvista"].load(tmp_path)) == 3
 
 
 def test_names_of_data_sets():

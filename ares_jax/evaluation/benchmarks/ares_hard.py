@@ -3,9 +3,9 @@
 Layout: https://huggingface.co/datasets/csfufu/fufu_hard1, split train, which the original's harness reads with the
 columns id, question, answer, source and image, a list of which it sends the first
 (https://github.com/shawn0728/ARES/blob/main/eval/src/utils); or the `hard_validation.jsonl` that our cold start writes.
-The parquet could not be opened here: images, if a list, are all sent. Prompt: the question alone, then the picture, as
-there. Score: the boxed answer; upstream a model extracts it where there is no box, here that is undecided and the
-judge's.
+No description of the data set itself could be found: any Parquet file there is read, images, if a list, are all sent.
+Prompt: the question alone, then the picture, as there. Score: the boxed answer; upstream it must be the reference's very
+characters, and a model extracts it where there is no box; here it must mean the same, and no box is the judge's.
 """
 
 from pathlib import Path
@@ -13,14 +13,13 @@ from pathlib import Path
 from ares_jax.evaluation.benchmark import Benchmark, Sample, Verdict
 from ares_jax.evaluation.final_answer import final_text
 from ares_jax.evaluation.grading import same_answer
-from ares_jax.evaluation.published import image_bytes, rows, value
+from ares_jax.evaluation.published import first_rows, image_bytes, value
 
 _FILES = ("hard_validation.jsonl", "*.parquet", "data/*.parquet", "*/train-*.parquet")
 
 
 def load(folder: Path) -> list[Sample]:
-    pattern = next((pattern for pattern in _FILES if any(folder.glob(pattern))), _FILES[1])
-    return [_sample(row, number, path.parent) for number, (path, row) in enumerate(rows(folder, pattern))]
+    return [_sample(row, number, path.parent) for number, (path, row) in enumerate(first_rows(folder, *_FILES))]
 
 
 def grade(sample: Sample, response: str) -> Verdict:

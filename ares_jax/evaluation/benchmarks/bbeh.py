@@ -1,12 +1,14 @@
 """BIG-Bench Extra Hard: 4520 questions of 23 tasks (Kazemi et al., ACL 2025).
 
-Layout: https://huggingface.co/datasets/BBEH/bbeh (columns task, input, target, mini; the file's name could not be
-verified, so any Parquet, JSONL or JSON file there is read). Prompt: the paper's appendix, with "Think step by step".
-Extraction and score: https://github.com/google-deepmind/bbeh, bbeh/evaluate.py. The headline is the harmonic mean over
-tasks of accuracy + 1 percent, as the paper reports the full set; `micro` is the accuracy over the mini subset, as it
-reports that.
+Layout: https://huggingface.co/datasets/BBEH/bbeh, split train (columns task, input, target, mini, as
+https://github.com/UKGovernmentBEIS/inspect_evals and others read them; the file's name could not be found, so any
+Parquet, JSONL or JSON file there is read). Prompt: the paper's appendix, with "Think step by step". Extraction and
+score: https://github.com/google-deepmind/bbeh, bbeh/evaluate.py; a boxed answer behind the prefix counts too, whatever
+stands around it. The headline is the harmonic mean over tasks of accuracy + 1 percent, as the paper reports the full
+set; `micro` is the accuracy over the mini subset, as it reports that.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from jaxtyping import Float
 from ares_jax.evaluation.benchmark import Benchmark, Metric, Sample, Verdict
 from ares_jax.evaluation.final_answer import spoken
 from ares_jax.evaluation.grading import extract_answer
-from ares_jax.evaluation.published import rows, value
+from ares_jax.evaluation.published import first_rows, value
 
 _FILES = ("*.parquet", "*/*.parquet", "*.jsonl", "*/*.jsonl", "*.json")
 _SUFFIX = """
@@ -24,17 +26,17 @@ Think step by step, and when you provide the final answer, please use the prefix
 and provide the answer directly, with no formatting, no bolding, and no markup. For instance: "The answer is: 42" or "The \
 answer is: yes". If the question is multiple choice with a single correct answer, the final answer must only be the letter \
 corresponding to the correct answer. For example, "The answer is: (a)"."""
+_COMMA = re.compile(r",\s+")
 _PREFIXES = ("The answer is:", "The final answer is ", "The final answer is: ", "The answer is ")
 
 
 def load(folder: Path) -> list[Sample]:
-    pattern = next((pattern for pattern in _FILES if any(folder.glob(pattern))), _FILES[0])
-    return [_sample(row, number) for number, (_, row) in enumerate(rows(folder, pattern))]
+    return [_sample(row, number) for number, (_, row) in enumerate(first_rows(folder, *_FILES))]
 
 
 def grade(sample: Sample, response: str) -> Verdict:
     found = extracted(response)
-    return Verdict(found is not None and _fuzzy(found, sample.answer.strip().lower().replace(", ", ",")), found)
+    return Verdict(found is not None and _fuzzy(found, _COMMA.sub(",", sample.answer.strip().lower())), found)
 
 
 def extracted(response: str) -> str | None:
@@ -47,7 +49,7 @@ def extracted(response: str) -> str | None:
     for prefix in _PREFIXES:
         if prefix in announced:
             announced = announced.rpartition(prefix)[2].strip()
-    if announced == text and boxed is not None:
+    if boxed is not None and (announced == text or "\\boxed" in announced):
         announced = boxed
     announced = announced.removesuffix(".")
     if announced.startswith("$") and announced.endswith("$"):
@@ -55,8 +57,8 @@ def extracted(response: str) -> str | None:
     for opening in ("boxed{", "text{", "texttt{"):
         if opening in announced and announced.endswith("}"):
             announced = announced[:-1].partition(opening)[2]
-    line = announced.lower().replace(", ", ",").replace("**", "").partition("\n")[0].strip()
-    return line.removesuffix(".") or None
+    line = _COMMA.sub(",", announced.lower().replace("**", "").partition("\n")[0]).strip()
+    return line.removesuffix(".").strip('`"') or None
 
 
 def _fuzzy(given: str, wanted: str) -> bool:

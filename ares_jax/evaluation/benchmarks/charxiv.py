@@ -3,7 +3,8 @@
 Layout: https://huggingface.co/datasets/princeton-nlp/CharXiv, `val.parquet`. Prompt:
 https://github.com/princeton-nlp/CharXiv (src/reasoning_utils.py and constants.py), by the answer's type (column
 `reasoning_a_type`). Score: upstream GPT-4o grades every response; here an answer that equals the reference is right, a
-number that does not is wrong, and the judge decides the rest. The descriptive questions are not asked.
+number that does not is wrong, and the judge decides the rest. The 4000 descriptive questions (columns `descriptive_*`)
+are another score upstream and are not asked: ARES reports one number, and what we could read of it does not say which.
 """
 
 from pathlib import Path
@@ -70,14 +71,14 @@ def number_instruction(answer: str) -> str:
 
 
 def _sample(row, number: int, folder: Path) -> Sample:
-    kind, question, answer = (value(row, name) for name in ("reasoning_a_type", "reasoning_q", "reasoning_a"))
-    filled = [question, number_instruction(str(answer))] if kind == _NUMBER else [question]
+    question, answer, kind = (str(value(row, name)) for name in ("reasoning_q", "reasoning_a", "reasoning_a_type"))
+    filled = [question, number_instruction(answer)] if int(kind) == _NUMBER else [question]
     return Sample(
         str(row.get("figure_path") or number),
-        (image_bytes(value(row, "image"), folder), _INSTRUCTIONS[kind].format(*filled)),
-        str(answer),
-        groups={"category": str(row.get("category", "")), "answer_type": _TYPES[kind]},
-        facts={"type": kind},
+        (image_bytes(value(row, "image"), folder), _INSTRUCTIONS[int(kind)].format(*filled)),
+        answer,
+        groups={"category": str(row.get("category", "")), "answer_type": _TYPES[int(kind)]},
+        facts={"type": int(kind)},
     )
 
 

@@ -1,19 +1,22 @@
 """DynaMath: 501 seed questions, each in 10 variants; the average, and the worst case (Zou et al., ICLR 2025).
 
-Layout: https://huggingface.co/datasets/DynaMath/DynaMath_Sample, `data/sample<k>-*.parquet`, k = 1 to 10 (splits
-sample_variant1 to 10). Prompt (a JSON answer) and score: the authors', as VLMEvalKit holds them
-(vlmeval/dataset/dynamath.py): numbers within 0.001, the option's letter, or a text that the reference contains.
-Upstream an empty text counts as contained; here it does not. The column names are those of the card; the parquet itself
-could not be opened here.
+Layout: https://huggingface.co/datasets/DynaMath/DynaMath_Sample, `data/sample<k>-00000-of-<k>.parquet`, k = 1 to 10
+(splits sample_variant1 to 10). Prompt, with its typing error: VLMEvalKit's
+(https://github.com/open-compass/VLMEvalKit, vlmeval/dataset/dynamath.py); the authors' scripts
+(https://github.com/DynaMath/DynaMath, evaluation) ask for the same JSON, worded anew for each model. Score: numbers
+within 0.001 and the option's letter, as both; a text is right if the reference contains it (VLMEvalKit) or if it names
+the reference (the authors). Upstream an empty text counts as contained; here it does not.
 """
 
 import json
+import math
 import re
+from fractions import Fraction
 from pathlib import Path
 
 from ares_jax.evaluation.answer_text import cleaned
 from ares_jax.evaluation.benchmark import Benchmark, Metric, Sample, Verdict
-from ares_jax.evaluation.exact_rules import quantity
+from ares_jax.evaluation.exact_rules import Quantity, quantity
 from ares_jax.evaluation.final_answer import final_text, letter, spoken
 from ares_jax.evaluation.published import image_bytes, rows, value
 
@@ -35,6 +38,7 @@ _INSTRUCTIONS = {
 }
 _TOLERANCE = 0.001
 _VARIANT = re.compile(r"sample(?:_variant)?(\d+)")
+_SMALL = re.compile(r"^\s*\(?[a-e]\)?[.:]?(?=\s|$)")  # an option in a small letter
 _SHORT = re.compile(r'"short answer"\s*:\s*"?((?:[^"\\\n}]|\\.)*)"?')
 
 
@@ -45,17 +49,23 @@ def load(folder: Path) -> list[Sample]:
 def grade(sample: Sample, response: str) -> Verdict:
     text, kind = short_answer(response), sample.facts["answer_type"]
     if kind == "multiple choice":
-        chosen = letter(text if text is not None else response, 5)
+        chosen = letter(response if text is None else _SMALL.sub(lambda match: match[0].upper(), text), 5)
         return Verdict(None if chosen is None else chosen == sample.answer.strip("() .").upper(), chosen)
     text = final_text(response) if text is None else text
     if text is None or not text.strip():
         return Verdict(None if text is None else False, text)
     if kind == "float":
-        given, wanted = quantity(cleaned(text.replace("π", r"\pi"))), quantity(cleaned(sample.answer))
-        if given is None or wanted is None:
-            return Verdict(None, text)
-        return Verdict(abs(float(given.value) - float(wanted.value)) <= _TOLERANCE, text)
-    return Verdict(text.strip().lower() in sample.answer.lower(), text)
+        given, wanted = number(text), number(sample.answer)
+        return Verdict(None if given is None or wanted is None else abs(given - wanted) <= _TOLERANCE, text)
+    given, wanted = text.strip().lower(), sample.answer.strip().lower()
+    return Verdict(given in wanted or bool(re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", given)), text)
+
+
+def number(text: str) -> float | None:
+    """Returns the number that a short answer is, behind any "x =", also as a multiple of pi; None if it is none."""
+    bare, pi, rest = re.split(r"=|\\approx", cleaned(text))[-1].strip().partition(r"\pi")
+    found = quantity(cleaned(bare)) if bare else Quantity(Fraction(1), "", False, -1)
+    return None if found is None or rest.strip() else found.real * (math.pi if pi else 1.0)
 
 
 def short_answer(response: str) -> str | None:

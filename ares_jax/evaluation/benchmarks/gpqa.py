@@ -1,9 +1,9 @@
 """GPQA, diamond: 198 questions that experts of another field cannot look up (Rein et al., COLM 2024).
 
 Layout: https://huggingface.co/datasets/Idavidrein/gpqa (gated: accept its terms first), `gpqa_diamond.csv`. Prompt and
-extraction: https://github.com/openai/simple-evals (common.py, gpqa_eval.py): "Answer: $LETTER" on the last line.
-Upstream shuffles the options anew for each of several repetitions; here once, by the record's id, so that every model
-sees the same order.
+extraction: https://github.com/openai/simple-evals (common.py, gpqa_eval.py): "Answer: $LETTER" on the last line; of
+several the last counts, upstream the first. Upstream shuffles the options anew for each of several repetitions; here
+once, by the record's id, so that every model sees the same order.
 """
 
 import random
@@ -20,7 +20,7 @@ format: 'Answer: $LETTER' (without quotes) where LETTER is one of ABCD. Think st
 {question}
 
 {options}"""
-_ANSWER = re.compile(r"(?i)Answer[ \t]*:[ \t]*\$?([A-D])\$?(?![A-Za-z])")
+_ANSWER = re.compile(r"(?i)Answer[ \t]*:[ \t]*\$?([A-D])\$?(?![A-Za-z])(?!\s*(?:,|/|or\b|and\b)\s*[A-D]\b)")
 _COLUMNS = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 
 
@@ -29,8 +29,10 @@ def load(folder: Path) -> list[Sample]:
 
 
 def grade(sample: Sample, response: str) -> Verdict:
-    found = _ANSWER.findall(spoken(response)) if "\\boxed" not in response else []
-    chosen = found[-1].upper() if found else letter(response, 4, sample.facts["options"])
+    chosen = letter(response, 4, sample.facts["options"])
+    if chosen is None and "\\boxed" not in spoken(response):
+        found = _ANSWER.findall(spoken(response))
+        chosen = found[-1].upper() if found else None
     return Verdict(chosen == sample.answer, chosen)
 
 

@@ -1,27 +1,39 @@
 """LogicVista: 448 visual puzzles, five kinds of logical reasoning (Xiao et al., 2024).
 
-Layout: https://huggingface.co/datasets/lscpku/LogicVista, `data/test-*.parquet` (the authors ship JSON and images,
-https://github.com/Yijia-Xiao/LogicVista). Prompt: the question, as in lmms-eval (lmms_eval/tasks/logicvista). Score:
-the set of chosen letters must be the reference's; upstream GPT extracts them (vlmeval/dataset/utils/logicvista.py),
-here rules do, and the judge where they find none. The columns are from third-party descriptions of the hub's data; the
-parquet could not be opened here.
+Layout: https://huggingface.co/datasets/lscpku/LogicVista, split test (the authors ship the same questions as JSON and
+images, https://github.com/Yijia-Xiao/LogicVista, data/dataset.json). Columns: as lmms-eval
+(https://github.com/EvolvingLMMs-Lab/lmms-eval, lmms_eval/tasks/logicvista) and others read them; the file's name is the
+one that the hub gives to a split. Prompt: the question alone, as there. Score: the set of chosen options must be the
+reference's: letters ("A, C"), or numbers where the question numbers its options; upstream GPT extracts them
+(https://github.com/open-compass/VLMEvalKit, vlmeval/dataset/utils/logicvista.py), here rules do, and the judge where
+they find none.
 """
 
+import re
 from pathlib import Path
 
 from ares_jax.evaluation.benchmark import Benchmark, Sample, Verdict
-from ares_jax.evaluation.final_answer import letters
-from ares_jax.evaluation.published import image_bytes, rows, value
+from ares_jax.evaluation.final_answer import final_text, letters, untexted
+from ares_jax.evaluation.published import first_rows, image_bytes, value
+
+_FILES = ("data/test-*.parquet", "*/test-*.parquet", "test*.parquet", "*.parquet")
+_NUMBERS = re.compile(r"(?i)\W*+(?:options?|choices?|statements?|numbers?|no)?(?:[\W\d]|\band\b)*")
 
 
 def load(folder: Path) -> list[Sample]:
-    return [_sample(row, number, folder) for number, (_, row) in enumerate(rows(folder, "data/test-*.parquet"))]
+    return [_sample(row, number, folder) for number, (_, row) in enumerate(first_rows(folder, *_FILES))]
 
 
 def grade(sample: Sample, response: str) -> Verdict:
-    wanted = frozenset(c for c in sample.answer.upper() if c.isalpha())
-    found = letters(response, 26)
+    wanted = frozenset(re.findall(r"[A-Z]|[0-9]+", sample.answer.upper()))
+    found = _numbers(response) if sample.answer.strip()[:1].isdigit() else letters(response, 26)
     return Verdict(None if found is None else found == wanted, None if found is None else ", ".join(sorted(found)))
+
+
+def _numbers(response: str) -> frozenset[str] | None:
+    """Returns the numbers of an answer that consists of them, such as "3" or "options 1 and 4"."""
+    text = untexted(final_text(response) or "")
+    return frozenset(re.findall("[0-9]+", text)) or None if _NUMBERS.fullmatch(text) else None
 
 
 def _sample(row, number: int, folder: Path) -> Sample:
@@ -35,6 +47,6 @@ def _sample(row, number: int, folder: Path) -> Sample:
 
 
 LOGICVISTA = Benchmark(
-    "logicvista", "LogicVista", "lscpku/LogicVista", ("data/test-*.parquet",), load, grade,
-    judge_rule="The letters of the chosen options must be exactly those of the reference.",
+    "logicvista", "LogicVista", "lscpku/LogicVista", _FILES, load, grade,
+    judge_rule="The letters (or numbers) of the chosen options must be exactly those of the reference.",
 )  # fmt: skip

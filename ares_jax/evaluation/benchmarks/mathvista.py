@@ -4,7 +4,7 @@ Layout: https://huggingface.co/datasets/AI4Math/MathVista, `data/testmini-*.parq
 prompt. Score: https://github.com/lupantech/MathVista (evaluation/calculate_score.py; also
 lmms_eval/tasks/mathvista/mathvista_evals.py): the answer becomes a choice (the one nearest to it in edit distance), an
 integer, a number rounded to the given precision, or a list, and must then be equal. Upstream GPT-4 extracts the answer;
-here rules do, and the judge where they find none.
+here rules do, and the judge where they find none, or no choice that is near: a refusal is near to none.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from pathlib import Path
 from ares_jax.evaluation.answer_text import cleaned
 from ares_jax.evaluation.benchmark import Benchmark, Sample, Verdict
 from ares_jax.evaluation.exact_rules import quantity
-from ares_jax.evaluation.final_answer import LETTERS, final_text, letter
+from ares_jax.evaluation.final_answer import LETTERS, final_text, letter, untexted
 from ares_jax.evaluation.published import image_bytes, rows, value
 
 _LONGEST = 200  # characters of an answer that is compared with the choices: edit distance takes quadratic time
@@ -31,23 +31,33 @@ def grade(sample: Sample, response: str) -> Verdict:
     if text is None:
         return Verdict(None)
     found = _nearest(text, choices) if choices else normalised(text, sample.facts["answer_type"], sample.facts["precision"])
-    return Verdict(None if found is None else found == sample.answer.strip(), text)
+    wanted = _listed(sample.answer) if sample.facts["answer_type"] == "list" else sample.answer.strip()
+    return Verdict(None if found is None else found == wanted, text)
 
 
 def normalised(text: str, answer_type: str, precision: int) -> str | None:
     """Returns the answer as the reference is written, None if it is none of that type."""
     if answer_type == "list":
-        return text.replace("\\", "").strip("$ ")
+        return _listed(text)
     number = quantity(cleaned(text))
     if number is None:
         return None
     if answer_type == "integer":
         return str(int(number.value))
-    return str(round(float(number.value), precision)) if answer_type == "float" else text.strip()
+    return str(round(number.real, precision)) if answer_type == "float" else text.strip()
+
+
+def _listed(text: str) -> str:
+    items = untexted(text).replace("\\", "").strip("$ []").split(",")
+    return f"[{', '.join(item.strip() for item in items)}]"
 
 
 def _nearest(text: str, choices: Sequence[str]) -> str | None:
-    return min(choices, key=lambda choice: edit_distance(text, choice)) if len(text) <= _LONGEST else None
+    """Returns the choice that takes the fewest changes, None if that is more than half of it."""
+    if len(text) > _LONGEST:
+        return None
+    nearest = min(choices, key=lambda choice: edit_distance(text, choice))
+    return nearest if edit_distance(text, nearest) * 2 <= len(nearest) else None
 
 
 def edit_distance(a: str, b: str) -> int:

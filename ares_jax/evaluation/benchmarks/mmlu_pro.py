@@ -2,7 +2,8 @@
 
 Layout: https://huggingface.co/datasets/TIGER-Lab/MMLU-Pro, `data/test-*.parquet` and `data/validation-*.parquet` (five
 worked examples a subject). Prompt and extraction: https://github.com/TIGER-AI-Lab/MMLU-Pro, evaluate_from_api.py: five
-examples, "The answer is (X)". Upstream guesses at random where a response names no option; here that is wrong.
+examples, "The answer is (X)". Of several announcements the last counts, upstream the first; where none is found
+upstream guesses at random, here that is wrong; and "I" and "A" before a word in small letters are no options.
 """
 
 import re
@@ -18,7 +19,12 @@ _INSTRUCTION = (
     'answer in the format of "The answer is (X)" at the end.\n\n'
 )
 _TEST, _EXAMPLES = "data/test-*.parquet", "data/validation-*.parquet"
-_PATTERNS = (r"answer is \(?([A-J])\)?(?![A-Za-z])", r"[aA]nswer:\s*\(?([A-J])(?![A-Za-z])", r"\b([A-J])\b")
+_ONE = r"(?![A-Za-z])(?!\s*(?:,|/|or\b|and\b)\s*\(?[A-J]\b)"  # not one of several
+_PATTERNS = (
+    r"answer is \(?([A-J])\)?" + _ONE,
+    r"[aA]nswer:\s*\(?([A-J])\)?" + _ONE,
+    r"\b([A-J])\b(?!['’])(?!(?<=[AI])\s+[a-z])",
+)
 
 
 def load(folder: Path) -> list[Sample]:
@@ -30,9 +36,11 @@ def load(folder: Path) -> list[Sample]:
 
 
 def grade(sample: Sample, response: str) -> Verdict:
-    """A boxed letter; else, as upstream, "answer is (X)", "Answer: X", or the last letter that stands alone."""
+    """A boxed or announced letter; else, as upstream, "answer is (X)", "Answer: X", or the last that stands alone."""
     options = sample.facts["options"]
-    chosen = letter(response, len(options), options) if "\\boxed" in response else _announced(spoken(response))
+    chosen = letter(response, len(options), options)
+    if chosen is None and "\\boxed" not in spoken(response):
+        chosen = _announced(spoken(response))
     return Verdict(chosen == sample.answer, chosen)
 
 

@@ -20,6 +20,9 @@ from ares_jax.evaluation.published import image_bytes, rows, value
 _CHOOSE = "Answer with the option's letter from the given choices directly."
 _OPEN = "Answer the question using a single word or phrase."
 _PLACE = re.compile(r"<image (\d)>")
+_NAMED = (  # an option's letter; not the article or the pronoun
+    re.compile(r"\(([A-Z])\)"), re.compile(r"(?<= )([A-Z]) (?!(?<=[AI] )[a-z])"), re.compile(r"(?<= )([A-Z])\.")
+)  # fmt: skip
 _NUMBERS = re.compile(r"-?\d{1,3}(?:,\d{3})+|-?\d+(?:\.\d+)?[eE][+-]?\d+|-?\d*\.?\d+")
 _KEYS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ", "=")
 
@@ -43,18 +46,16 @@ def grade(sample: Sample, response: str) -> Verdict:
 
 def named_option(response: str, options: Sequence[str]) -> str | None:
     """Returns the chosen letter: announced, else the last "(B)", " B ", "B." or the last option's text that is named."""
-    if (chosen := letter(response, len(options), options)) is not None or "\\boxed" in response:
+    if (chosen := letter(response, len(options), options)) is not None or "\\boxed" in spoken(response):
         return chosen
     text = f" {spoken(response).strip(',.!?;:' + chr(39))} "
-    allowed = LETTERS[: len(options)]
-    for pattern in ("({})", " {} ", " {}."):
-        places = {c: text.rfind(pattern.format(c)) for c in allowed}
-        if max(places.values()) >= 0:
-            return max(allowed, key=lambda c: places[c])
+    for pattern in _NAMED:
+        if named := [m[1] for m in pattern.finditer(text) if m[1] in LETTERS[: len(options)]]:
+            return named[-1]
     if len(text.split()) > 5:
-        places = {allowed[i]: text.lower().rfind(option.lower()) for i, option in enumerate(options) if option}
+        places = {LETTERS[i]: text.lower().rfind(option.lower()) for i, option in enumerate(options) if option}
         if places and max(places.values()) >= 0:
-            return max(places, key=lambda c: places[c])
+            return max(places, key=lambda name: places[name])
     return None
 
 

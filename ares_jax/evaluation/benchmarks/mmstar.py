@@ -1,9 +1,10 @@
 """MMStar: 1500 questions that need the picture, six capabilities of 250 each (Chen et al., NeurIPS 2024).
 
-Layout: https://huggingface.co/datasets/Lin-Chen/MMStar, `mmstar.parquet`; the question holds its options. Prompt and
-score: as lmms-eval holds the authors' rule (lmms_eval/tasks/mmstar/utils.py): the letter that the response starts with
-or announces; the score is the mean over all, which with 250 each is that over capabilities. Without "A", "(A)" or an
-announcement it is wrong.
+Layout: https://huggingface.co/datasets/Lin-Chen/MMStar, `mmstar.parquet`; the question holds its options. Prompt:
+lmms-eval's (lmms_eval/tasks/mmstar). Score: the authors' (https://github.com/MMStar-Benchmark/MMStar,
+eval/vlmeval/evaluate/mmstar.py): the letter that the response starts with or announces, and the mean over all 1500; here
+a box and other announcements count too, and a first word that only begins with the letter does not. Without "A", "(A)"
+or an announcement it is wrong.
 """
 
 import re
@@ -22,8 +23,8 @@ def load(folder: Path) -> list[Sample]:
 
 def grade(sample: Sample, response: str) -> Verdict:
     chosen = letter(response, 8)
-    if chosen is None and "\\boxed" not in response:
-        start = re.match(r"\(?([A-H])(?:[).:,\s]|$)(?!\s+[a-z])", spoken(response))  # not "A cat is ..."
+    if chosen is None and "\\boxed" not in spoken(response):
+        start = re.match(r"\(?([B-H](?=[).:,\s]|$)|A(?=[).:,\n]|$))", spoken(response))  # not "A cat is ..."
         chosen = start[1] if start else None
     return Verdict(chosen == sample.answer.strip(), chosen)
 

@@ -2,9 +2,11 @@
 
 Layout: https://huggingface.co/datasets/Hothan/OlympiadBench, `OlympiadBench/OE_*/OE_*.parquet`: the open-ended ones;
 proofs (TP) cannot be scored by rules upstream either. Prompts: https://github.com/OpenBMB/OlympiadBench,
-inference/code/evaluators/evaluator.py. Score: eval/auto_scoring_judge.py: the boxed answers behind "So the final answer
-is", each paired with one of the reference's, numbers within the problem's `error`. The columns are those of the
-authors' JSON and of the hub's viewer; the parquet could not be opened here.
+inference/code/evaluators/evaluator.py. Score: inference/judge.py and eval/auto_scoring_judge.py: the boxed answers
+behind "So the final answer is", each paired with one of the reference's, numbers within the problem's `error`. Where
+that sentence has no box, what it says counts, then boxes elsewhere (upstream all that there are, here those of the last
+line that has any), then the formulas of the last line. Upstream a number is also right a hundred times too large or too
+small; here only as a percentage.
 """
 
 import re
@@ -14,7 +16,7 @@ from pathlib import Path
 from ares_jax.evaluation.answer_text import cleaned
 from ares_jax.evaluation.benchmark import Benchmark, Part, Sample, Verdict
 from ares_jax.evaluation.exact_rules import quantity
-from ares_jax.evaluation.final_answer import spoken
+from ares_jax.evaluation.final_answer import final_text, spoken
 from ares_jax.evaluation.grading import extract_answer, same_answer
 from ares_jax.evaluation.published import image_bytes, rows, value
 
@@ -39,6 +41,7 @@ _KINDS = {
 }
 _PLACE = re.compile(r"<(?:img_\d+|image_(\d+))>")
 _PRECISION = 1e-8
+_HAN = re.compile(r"\\(?:text|mathrm)\{[\u4e00-\u9fff/]+\}|[\u4e00-\u9fff/]*[\u4e00-\u9fff]")  # units: 9.8米/秒
 
 
 def load(folder: Path) -> list[Sample]:
@@ -50,31 +53,45 @@ def load_maths_en(folder: Path) -> list[Sample]:
 
 
 def grade(sample: Sample, response: str) -> Verdict:
-    found = _final(response)
+    wanted = _split(sample.answer)
+    found = _final(response, len(wanted))
     if found is None:
         return Verdict(False)
-    given, wanted = _split(found), _split(sample.answer)
+    given = _split(found)
     precisions = sample.facts["precisions"]
     precisions = list(precisions) + [precisions[-1]] * (len(wanted) - len(precisions))
     return Verdict(_paired(given, wanted, precisions), found)
 
 
-def _final(response: str) -> str | None:
-    """Returns the boxed answers of the last "final answer" line, joined by commas, else the last box."""
+def _final(response: str, count: int) -> str | None:
+    """Returns the answers of the last "final answer" sentence, joined by commas; else of the last boxes, or formulas."""
     text = spoken(response)
-    sentences = re.findall(r"(?:So the final answer is|所以最终答案是)(.*)", text)
-    if sentences and (boxes := [extract_answer(part) for part in _boxes(sentences[-1])]) and None not in boxes:
-        return ",".join(filter(None, boxes))
-    return extract_answer(response)
+    sentence = ([""] + re.findall(r"(?:So the final answer is|所以最终答案是)(.*)", text))[-1]
+    if boxes := _boxes(sentence):
+        return ",".join(boxes)
+    if "\\boxed" not in sentence and re.search(r"\w", sentence):
+        return _formulas(sentence) or sentence.strip(" .。:：")
+    if "\\boxed" in text:
+        boxes = _boxes([line for line in text.splitlines() if "\\boxed" in line][-1])
+        return ",".join(boxes) if len(boxes) == count else extract_answer(response)
+    return _formulas(text.rpartition("\n")[2]) or final_text(response)
 
 
 def _boxes(text: str) -> list[str]:
-    return ["\\boxed" + part for part in text.split("\\boxed")[1:]]
+    """Returns the contents of all boxes; none if one is never closed."""
+    found = [extract_answer("\\boxed" + part) for part in text.split("\\boxed")[1:]]
+    return [] if None in found else [box for box in found if box]
+
+
+def _formulas(text: str) -> str:
+    return ",".join(re.findall(r"\$([^$]+)\$", text))
 
 
 def _split(answer: str) -> list[str]:
     """Returns the answers between commas that stand in no bracket; x \\pm y is two."""
     text = re.sub(r"\\left|\\right|\$|\\,|\\;|\\ ", "", answer.replace("，", ",").replace("\\{", "").replace("\\}", ""))
+    text = text.partition("\\in ")[2] or text  # x \in [0, 1]
+    text = re.sub(r"\\text\{\s*(?:and|or|或|和)\s*\}", ",", text)
     parts, depth, start = [], 0, 0
     for place, character in enumerate(text):
         depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(character, 0)
@@ -106,10 +123,13 @@ def _paired(given: Sequence[str], wanted: Sequence[str], precisions: Sequence[fl
 def _equal(given: str, wanted: str, precision: float) -> bool:
     if same_answer(given, wanted):
         return True
+    given, wanted = _HAN.sub("", given), _HAN.sub("", wanted)
+    if same_answer(given, wanted):
+        return True
     a, b = quantity(cleaned(given)), quantity(cleaned(wanted))
     if a is None or b is None:
         return False
-    return abs(float(a.value) - float(b.value)) <= precision * 1.01
+    return abs(a.real - b.real) <= precision * 1.01
 
 
 def _sample(row: Mapping, path: Path) -> Sample:
@@ -139,8 +159,9 @@ def _sample(row: Mapping, path: Path) -> Sample:
 def prompt(row: Mapping, *, chinese: bool, maths: bool) -> str:
     """Returns the official instruction for a problem: it names the answer's kind, and asks for a unit outside the box."""
     many, kind = bool(row.get("is_multiple_answer")), str(row.get("answer_type") or "")
-    names = [] if "Tuple" in kind or "Need_human" in kind else [_kind(part, chinese) for part in kind.split(",")]
-    names = list(dict.fromkeys(filter(None, names)))
+    kinds = [] if "Tuple" in kind or "Need_human" in kind else kind.split(",") if many else [kind]
+    names = [name for part in kinds if (name := _kind(part, chinese))]
+    names = names[:1] if len(set(names)) == 1 else names
     unit = bool(row.get("unit"))
     if chinese:
         said = (

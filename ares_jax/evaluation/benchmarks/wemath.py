@@ -1,9 +1,10 @@
 """We-Math, testmini: 525 multi-step problems, each also asked step by step (Qiao et al., ACL 2025); strict and loose
 score.
 
-Layout: https://huggingface.co/datasets/We-Math/We-Math, `data/testmini-*.parquet`. Prompt: the authors'
-(https://github.com/We-Math/We-Math). Score: their four-dimensional metrics, as VLMEvalKit holds them
-(vlmeval/dataset/utils/wemath.py): (525 - IG / 2 - RM - IK) / 525, that is, the mean over problems of
+Layout: https://huggingface.co/datasets/We-Math/We-Math, `data/testmini-*.parquet`. Prompt: the paper's template, as
+public code that answers We-Math holds it (lmms-eval, VLMEvalKit; their line breaks differ). Extraction and score:
+https://github.com/We-Math/We-Math, evaluation/four_dimensional_metrics.py: (525 - IG / 2 - RM - IK) / 525, that is, the
+mean over problems of
 
 | | multi-step problem right | wrong |
 |---|---|---|
@@ -20,6 +21,9 @@ from ares_jax.evaluation.benchmark import Benchmark, Graded, Metric, Sample, Ver
 from ares_jax.evaluation.final_answer import letter, spoken
 from ares_jax.evaluation.published import image_bytes, rows, value
 
+_OPTION = re.compile(  # not "A, B or C", and not the article
+    r"(?:option\s+)?([A-H])(?![A-Za-z])(?!\s*(?:,|/|\bor\b|\band\b)\s*[A-H]\b)(?!(?<=A)\s+[a-z])", re.IGNORECASE
+)
 _PROMPT = """Now, we require you to solve a multiple-choice math question. Please briefly describe your thought process and \
 provide the final answer(option).
 Question: {question}
@@ -34,10 +38,11 @@ def load(folder: Path) -> list[Sample]:
 
 def grade(sample: Sample, response: str) -> Verdict:
     """A boxed letter; else, as upstream, what stands behind the last "Answer", without <, >, colon and full stop."""
-    chosen = letter(response, 8) if "\\boxed" in response else None
-    if chosen is None and "\\boxed" not in response:
-        tail = re.sub(r"[<>:.*()]", "", spoken(response).rpartition("Answer")[2]).strip()
-        found = re.match(r"(?:option\s+)?([A-H])(?![A-Za-z])", tail, re.IGNORECASE)
+    said = spoken(response)
+    chosen = letter(response, 8) if "\\boxed" in said else None
+    if chosen is None and "\\boxed" not in said:
+        tail = re.sub(r"[<>:.*()]", "", said.rpartition("Answer")[2]).strip()
+        found = _OPTION.match(tail)
         chosen = found[1].upper() if found else letter(response, 8)
     return Verdict(chosen == sample.answer.strip(), chosen)
 
