@@ -3,6 +3,8 @@
 import re
 from collections.abc import Sequence
 
+from ares_jax.evaluation.answer_text import cleaned
+from ares_jax.evaluation.exact_rules import quantity
 from ares_jax.evaluation.grading import extract_answer, same_answer
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -18,11 +20,13 @@ _ANSWERED = re.compile(
 _PICKED = re.compile(r"(?:(?i:\b(?:option|choice))|选项)[*_\s]*+[:：]?\s*+(?:(?i:is\s+)|[是为])?" + _OPTION)
 _ALONE = re.compile(r"[*_$\s(\[（#]*+(?:\\\(\s*+)?" + _WRAP + r"(?:\s*+\\\))?[*_$\s)\]）.:。]*+")
 _LEADING = re.compile(r"\(?([A-Z])[).:]\s+\S")
+_DISPLAY = r"(?:(?:\\\[|\$\$)[ \t]*+\n\s*+)?"  # of a formula on lines of its own
 _BEHIND = re.compile(
-    r"(?:final answer|answer)(?:\s+is)?[*_]*+\s*+[:：]\s*+(.+)|(?:final answer|answer) is\s+(.+)"
-    r"|^[#*_ ]*+(?:final )?answer[*_ ]*+\n\s*+(.+)|答案(?:应为|应该是|是|为)?\s*+[:：]?\s*+(.+)",
+    rf"(?:final answer|answer)(?:\s+is)?[*_]*+\s*+[:：]\s*+{_DISPLAY}(.+)|(?:final answer|answer) is\s+(.+)"
+    rf"|^[#*_ ]*+(?:final )?answer[*_ ]*+\n\s*+{_DISPLAY}(.+)|答案(?:应为|应该是|是|为)?\s*+[:：]?\s*+(.+)",
     re.IGNORECASE | re.MULTILINE,
 )
+_GOES_ON = re.compile(r"[.,;]\s+(?=[A-Za-z]{2})(?!and\b|or\b)")
 
 
 def spoken(response: str) -> str:
@@ -43,8 +47,14 @@ def final_text(response: str) -> str | None:
     if "\\boxed" in text:  # a box that is never closed
         return None
     if found := _BEHIND.findall(text):
-        return "".join(found[-1]).strip().rstrip(".。").strip("*_ ") or None
+        return _alone("".join(found[-1]).strip().rstrip(".。").strip("*_ ")) or None
     return text if text and "\n" not in text and len(text.split()) <= 8 else None
+
+
+def _alone(text: str) -> str:
+    """Returns the number without what is said after it, such as "18" of "18. She sells them."; other texts whole."""
+    head = _GOES_ON.split(text, maxsplit=1)[0]
+    return head if quantity(cleaned(head)) is not None else text
 
 
 def letter(response: str, count: int, options: Sequence[str] = ()) -> str | None:

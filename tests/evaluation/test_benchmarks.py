@@ -221,6 +221,8 @@ RIGHT_OR_WRONG = [  # benchmark, row, {response: verdict}
     ("gsm8k", 0, {
         r"\boxed{1018}": True, "#### 1,018": True, "The answer is 1018 eggs.": True, r"\boxed{\$1,018}": True,
         r"\boxed{1{,}018\text{ eggs}}": True, "### Final Answer\n\n**1,018**": True, "<answer>1018</answer>": True,
+        "The answer is 1018. She sells them.": True, "The answer is 1,018, since 16 - 3 = 13.": True,
+        "The answer is:\n\n$$1018$$": True, "The final answer is:\n\\[\n1018\n\\]": True, "The answer is 1, or 1018.": False,
         r"\boxed{1,0180}": False, "#### ": False, "18": False, r"\boxed{1.018}": False,
     }),
     ("mmlu_pro", 0, {

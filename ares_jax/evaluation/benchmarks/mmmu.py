@@ -4,7 +4,7 @@ Layout: https://huggingface.co/datasets/MMMU/MMMU, `<Subject>/validation-*.parqu
 string, and "<image 1>" in question and options says where column `image_1` stands. Prompt: the authors'
 mmmu/configs/llava1.5.yaml. Score: https://github.com/MMMU-Benchmark/MMMU, eval/eval_utils.py; upstream guesses at
 random where a response names no option, here that is wrong. A boxed or announced answer counts before the rules for
-free text.
+free text, in which "A" and "I" before a word in small letters are no options.
 """
 
 import ast
