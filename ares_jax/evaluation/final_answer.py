@@ -11,7 +11,8 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _WRAP = r"(?:\\(?:text|textbf|mathrm|mathbf|boxed))?\{?\(?([A-Z])\)?\}?"
 _OPTION = (  # an option's letter, perhaps in marks; not "A or B", and not the article
     r"[*_$\s]*+(?:\\\()?[(\[（]?[*_]*+" + _WRAP + r"[)\]）*_$]*+"
-    r"(?![A-Za-z'’])(?!\s*(?:,|/|、|\bor\b|\band\b|或|和|&)\s*\(?[A-Z](?![A-Za-z]))"
+    r"(?![A-Za-z'’])(?!(?<=[AI])\s+(?!(?:because|since|as|is|which|with|where|so|based|due)\b)[a-z])"
+    r"(?!\s*(?:,|/|、|\bor\b|\band\b|或|和|&)\s*\(?[A-Z](?![A-Za-z]))"
 )
 _ANSWERED = re.compile(
     r"(?:(?i:answer(?:\s+(?:is|would\s+be|should\s+be|must\s+be))?)|答案(?:应为|应该是|是|为|选)?|故选|应选|选(?!项)择?)"

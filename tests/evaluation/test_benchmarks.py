@@ -252,7 +252,8 @@ CHOSEN = (  # how models say that they choose X; Y is another option
     "X", "**X**", "(X)", "X)", "X. 7", "X\n\nExplanation: Y is too small.", "The answer is **X**.", "The answer is (X) 12",
     "**Answer: X**", "**Answer:** X", "Answer: X. because of that", "### Final Answer\n\n**X**", r"So the answer is \(X\).",
     "Options:\n(A) one\n(B) two\n(C) three\n(D) four\n\nWe compute. So the correct option is (X).",
-    "The correct answer is **Option X**: 7.", "I think Y is wrong, so the answer must be X.", "Correct choice: X",
+    "The correct answer is **Option X**: 7.",
+    "The answer is X because Y is too small.", "I think Y is wrong, so the answer must be X.", "Correct choice: X",
     "The answer is Y... wait, no. The answer is X.", "答案是X。", "答案：X", "正确答案为 **X**", "故选：X．",
     "因此，正确选项是 X。",
     r"$\boxed{\text{X}}$", r"\boxed{\textbf{(X)}}", r"\boxed{X.}", r"\boxed{\textbf{(X)}\ 12}", r"\boxed{Y} no: \boxed{X}",
@@ -263,6 +264,7 @@ NOTHING = (
     "", "I'm sorry, but I can't determine the answer from the image.", "The image is missing. I cannot answer.",
     "As an AI, I can't see the picture", "None of the above", "I think that I need the image to answer this question.",
     "A closer look at the figure is needed; I cannot answer.", "无法确定。", "<think>The answer is X",
+    "My answer is A question in return: where is the image?",
     r"<think>\boxed{X} But wait", r"\boxed{X", r"\boxed{}", r"<think>X</think>",
 )  # fmt: skip
 CHOICES = {  # row, the right option
