@@ -109,7 +109,7 @@ class Quantity:
         try:
             return float(self.value)
         except OverflowError:
-            return math.copysign(math.inf, self.value)
+            return math.inf if self.value > 0 else -math.inf
 
 
 def exact_verdict(given: str, wanted: str) -> bool | None:
