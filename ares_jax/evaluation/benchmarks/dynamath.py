@@ -57,8 +57,8 @@ def grade(sample: Sample, response: str) -> Verdict:
     if kind == "float":
         given, wanted = number(text), number(sample.answer)
         return Verdict(None if given is None or wanted is None else abs(given - wanted) <= _TOLERANCE, text)
-    given, wanted = text.strip().lower(), sample.answer.strip().lower()
-    return Verdict(given in wanted or bool(re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", given)), text)
+    words, reference = text.strip().lower(), sample.answer.strip().lower()
+    return Verdict(words in reference or bool(re.search(rf"(?<!\w){re.escape(reference)}(?!\w)", words)), text)
 
 
 def number(text: str) -> float | None:
