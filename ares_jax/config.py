@@ -91,10 +91,13 @@ def default_config() -> ConfigDict:
     s.temperature, s.top_p, s.top_k = 1.0, 0.99, 0  # top_k 0: off
     s.start_timeout = 300.0  # seconds to wait for the service to answer
 
-    p = c.packing = ConfigDict()  # shape of a learner's micro-batch; nothing else is ever compiled
+    p = c.packing = ConfigDict()  # shape of a learner's micro-batch; nothing else is ever compiled but its halves
     p.rows = 8
     p.row_tokens = 32_768
     p.row_patches = 65_536
+    # The last micro-batches of an update may be a half, a quarter, ... of that, so often halved: fewer rows where they can
+    # still be split over the mesh, otherwise shorter ones. Less padding, more programs.
+    p.halvings = 2
 
     o = c.optimizer = ConfigDict()  # AdamW of both stages; the learning rates stand with their stage
     o.b1, o.b2, o.eps = 0.9, 0.999, 1e-8

@@ -27,7 +27,7 @@ from ares_jax.models.params import to_flat, with_params
 from ares_jax.models.qwen2_5_vl import Qwen25VL, Qwen25VLConfig, TextConfig, VisionConfig
 from ares_jax.models.qwen2_5_vl.model import abstract_model, new_lora, new_model
 from ares_jax.parallel.distributed import barrier, gather, is_first, share, to_host
-from ares_jax.parallel.sharding import Placement, make_mesh, place_model
+from ares_jax.parallel.sharding import BATCH, Placement, make_mesh, place_model
 from ares_jax.sampling import Engine, EngineOptions
 from ares_jax.sampling.everyone import Everyone
 from ares_jax.sampling.local import LocalSampler
@@ -92,15 +92,16 @@ class Workspace:
         return [prompt for _, prompt in itertools.islice(elements, limit)]
 
     def pack(self, segments: Sequence[Segment]) -> list[dict[str, Shaped[np.ndarray, "B ..."]]]:
-        """Returns micro-batches of this process's segments: its own rows of each, and as many as every other process has.
+        """Returns micro-batches of this process's segments: its own rows of each, shaped as every other process's.
 
         Raises `UserError` if the rows cannot be split among processes.
         """
-        p = self.config.packing
-        batches = pack(segments, row_tokens=p.row_tokens, row_patches=p.row_patches, rows=_split(p.rows, "packing.rows"))
-        most = max(gather(len(batches)))
-        empty = {name: np.zeros_like(value) for name, value in batches[0].items()}
-        return batches + [empty] * (most - len(batches))
+        p, mesh = self.config.packing, self.placement.mesh
+        parts = math.prod(mesh.shape[axis] for axis in BATCH)
+        return pack(
+            segments, rows=_split(p.rows, "packing.rows"), row_tokens=p.row_tokens, row_patches=p.row_patches,
+            halvings=p.halvings, parts=-(-parts // jax.process_count()), gather=gather,
+        )  # fmt: skip
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Returns the text of a response, without its end-of-turn token."""

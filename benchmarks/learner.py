@@ -26,7 +26,7 @@ from ares_jax.models.params import with_params
 from ares_jax.sampling.trajectory import RolloutGroup, Trajectory
 from ares_jax.training import initial_state, make_optimizer, trainable
 from ares_jax.workspace import open_workspace
-from data_pipeline.packing import Segment, pack, response_segment
+from data_pipeline.packing import Segment, pack, padding_share, response_segment
 from data_pipeline.prompts import Prompt
 
 _PROMPTS, _ROOTS, _BRANCHES, _REPEATS = 32, 4, 4, 3
@@ -39,8 +39,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     prompts = workspace.prompts("train", limit=_PROMPTS)
     groups = [_group(prompt, rng, ~workspace.banned, a.window) for prompt in prompts]
     state = initial_aepo(a)._replace(tau_high=np.array(0.5))
-    row = config.packing.row_tokens
-    trees = learner_segments(groups, state, a, row_tokens=row)
+    trees = learner_segments(groups, state, a)
     leaves = [
         response_segment(s.prompt, leaf.token_ids, extras)
         for s, group in zip(groups, leaf_extras(groups, state, a), strict=True)
@@ -66,12 +65,17 @@ def main(config: ConfigDict, workdir: Path) -> None:
         "PyTorch, leaf by leaf": _measure(lambda: _torch_update(workdir, leaves, workspace.banned, config)),
     }
     tokens = {"trees": sum(len(s.token_ids) for s in trees)}
+    padding = {
+        name: f"{padding_share(pack(segments, **config.packing)):.1%}"
+        for name, segments in (("trees", trees), ("leaf by leaf", leaves))
+    }
     whole = sum(len(s.token_ids) for s in leaves)
-    print("\n| update | tokens | seconds | tokens of leaves a second | loss | gradient norm |\n|---|---|---|---|---|---|")
+    print("\n| update | tokens | padding | seconds | tokens of leaves a second | loss | gradient norm |")
+    print("|---|---|---|---|---|---|---|")
     for name, (seconds, values) in results.items():
         print(
-            f"| {name} | {tokens.get(name, whole):,} | {seconds:.2f} | {whole / seconds:,.0f} | {float(values['loss']):.7f} "
-            f"| {float(values['grad_norm']):.6f} |"
+            f"| {name} | {tokens.get(name, whole):,} | {padding.get(name, '')} | {seconds:.2f} | {whole / seconds:,.0f} "
+            f"| {float(values['loss']):.7f} | {float(values['grad_norm']):.6f} |"
         )
 
 

@@ -1,22 +1,28 @@
-"""Packs variable-length segments into rows of one fixed shape, so that a learner compiles one program.
+"""Packs variable-length segments into rows of few fixed shapes, so that a learner compiles few programs.
 
-First-fit-decreasing over two budgets at once: tokens and pixel patches of a row.
+Two budgets at once: tokens and pixel patches of a row. Trees are cut between leaves where that fills rows.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from data_pipeline.errors import DataError
 from data_pipeline.prompts import Prompt
+from data_pipeline.row_plan import Part, plan_rows
 from data_pipeline.vision_layout import vision_layout
+
+# Of a segment that is a tree (data_pipeline/tree_segments.py).
+TREE_EXTRAS = ("back", "first_leaf", "last_leaf")
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One sequence with its images. `extras` are per-token arrays that travel with it."""
+    """One sequence with its images, or a tree of sequences. `extras` are per-token arrays that travel with it."""
 
     token_ids: Int[np.ndarray, "T"]
     positions: Int[np.ndarray, "3 T"]
@@ -40,52 +46,146 @@ def response_segment(
     )
 
 
-def pack(
-    segments: Sequence[Segment], *, row_tokens: int, row_patches: int, rows: int
-) -> list[dict[str, Shaped[np.ndarray, "B ..."]]]:
-    """Returns batches of exactly `rows` rows that hold every segment once.
+def _alone(value: Any) -> list[Any]:
+    return [value]
 
-    A batch holds, for B = rows, T = row_tokens, P = row_patches:
+
+class Shape(NamedTuple):
+    """Of a micro-batch: its rows, and what each holds."""
+
+    rows: int
+    row_tokens: int
+    row_patches: int
+
+
+def pack(
+    segments: Sequence[Segment],
+    *,
+    rows: int,
+    row_tokens: int,
+    row_patches: int,
+    halvings: int = 0,
+    parts: int = 1,
+    gather: Callable[[Any], list[Any]] = _alone,
+) -> list[dict[str, Shaped[np.ndarray, "B ..."]]]:
+    """Returns micro-batches that hold every segment once: full ones, then at most one of each smaller shape of `shapes`.
+
+    A micro-batch holds, for B = rows, T = row_tokens, P = row_patches:
       tokens [B, T] int32; segment_ids [B, T] int32 (0 padding, then 1, 2, ... in a row); positions [B, 3, T] int32;
       patches [B, P, 1176] float32; patch_positions [B, P, 2], patch_window_ids [B, P], patch_frame_ids [B, P] int32;
       and every extra as [B, T], padded with 0. The patches of a row stand in the order of its image tokens.
 
+    Args:
+      segments: those with the extras `TREE_EXTRAS` are trees. Where one is cut, it stands in several rows, each with what
+        leads to its leaves; other extras are then 0 at what another row has, too.
+      parts: into how many the rows are split, one a device.
+      gather: returns what each process gave, to all: they then get micro-batches of the same shapes.
+
     Raises:
-      DataError: a segment alone is larger than a row.
+      DataError: a segment, or a leaf of one, is larger than a row.
     """
-    plan = plan_rows(
-        [len(s.token_ids) for s in segments], [len(s.patches) for s in segments],
-        row_tokens=row_tokens, row_patches=row_patches,
-    )  # fmt: skip
-    return [
-        _fill([[segments[i] for i in row] for row in plan[start : start + rows]], rows, row_tokens, row_patches)
-        for start in range(0, len(plan), rows)
-    ]
-
-
-def plan_rows(tokens: Sequence[int], patches: Sequence[int], *, row_tokens: int, row_patches: int) -> list[list[int]]:
-    """Returns the segments' indices row by row; deterministic. Raises `DataError` as `pack` does."""
-    order = sorted(range(len(tokens)), key=lambda i: (-max(tokens[i] / row_tokens, patches[i] / row_patches), i))
-    plan: list[list[int]] = []
-    free: list[tuple[int, int]] = []
-    for index in order:
-        need = tokens[index], patches[index]
-        if need[0] > row_tokens or need[1] > row_patches:
+    sizes, patches = [leaf_runs(s) for s in segments], [len(s.patches) for s in segments]
+    for index, (size, count) in enumerate(zip(sizes, patches, strict=True)):
+        longest = int(np.diagonal(size, 1).max())
+        if longest > row_tokens or count > row_patches:
             raise DataError(
-                f"segment {index} has {need[0]} tokens and {need[1]} patches; a row holds {row_tokens} and {row_patches}: "
+                f"segment {index} has {longest} tokens and {count} patches; a row holds {row_tokens} and {row_patches}: "
                 "raise packing.row_tokens or packing.row_patches"
             )
-        row = next((r for r, left in enumerate(free) if need[0] <= left[0] and need[1] <= left[1]), None)
-        if row is None:
-            row = len(plan)
-            plan.append([])
-            free.append((row_tokens, row_patches))
-        plan[row].append(index)
-        free[row] = free[row][0] - need[0], free[row][1] - need[1]
-    return plan
+    choices = shapes(rows, row_tokens, row_patches, halvings=halvings, parts=parts)
+    chosen, plan = plan_batches(sizes, patches, choices, gather)
+    filled = iter([[_run(segments[i], start, stop) for i, start, stop in row] for row in plan])
+    return [_fill(list(itertools.islice(filled, s.rows)), s, segments[0].extras) for s in chosen]
 
 
-def _fill(plan: list[list[Segment]], rows: int, row_tokens: int, row_patches: int) -> dict[str, np.ndarray]:
+def plan_batches(
+    sizes: Sequence[Int[np.ndarray, "N N"]],
+    patches: Sequence[int],
+    choices: Sequence[Shape],
+    gather: Callable[[Any], list[Any]] = _alone,
+) -> tuple[list[Shape], list[list[Part]]]:
+    """Returns the shapes of the micro-batches, as few tokens as there is a plan for, and what stands in their rows.
+
+    Args:
+      sizes, patches: of each segment, as `plan_rows` takes them.
+      choices: of a full micro-batch, its half, its quarter, ...
+    """
+
+    def planned(budget: int) -> list[list[Part]] | None:
+        return plan_rows(sizes, patches, [s[1:] for s in micro_batch_shapes(budget, choices) for _ in range(s.rows)])
+
+    # Counted in the smallest shape's share of a full micro-batch: with full ones there is a plan, with less there may be.
+    plan = plan_rows(sizes, patches, itertools.repeat(choices[0][1:]))
+    halvings = len(choices) - 1
+    budget = most = -(-len(plan or []) // choices[0].rows) << halvings
+    for less in range(most - (1 << halvings) + 1, most):
+        if (found := planned(less)) is not None:
+            budget, plan = less, found
+            break
+    if (joint := max(gather(budget))) > budget:
+        plan = planned(joint)
+    while not all(gather(plan is not None)):
+        joint += 1
+        plan = planned(joint)
+    return micro_batch_shapes(joint, choices), plan or []
+
+
+def padding_share(batches: Sequence[Mapping[str, Shaped[np.ndarray, "B ..."]]]) -> float:
+    """Returns which share of the batches' tokens is nothing."""
+    return 1 - sum((b["segment_ids"] > 0).sum() for b in batches) / sum(b["segment_ids"].size for b in batches)
+
+
+def shapes(rows: int, row_tokens: int, row_patches: int, *, halvings: int, parts: int) -> list[Shape]:
+    """Returns the shape of a full micro-batch, its half, its quarter, ...: half the rows if they can still be split into
+    `parts`, otherwise rows half as long."""
+    found = [Shape(rows, row_tokens, row_patches)]
+    for _ in range(halvings):
+        s = found[-1]
+        fewer = s.rows % (2 * parts) == 0
+        found.append(s._replace(rows=s.rows // 2) if fewer else Shape(s.rows, s.row_tokens // 2, s.row_patches // 2))
+    return found
+
+
+def micro_batch_shapes(budget: int, choices: Sequence[Shape]) -> list[Shape]:
+    """Returns the micro-batches that together have `budget` times the last choice; each is twice as much as the next."""
+    halvings = len(choices) - 1
+    smaller = [shape for i, shape in enumerate(choices[1:], 1) if budget >> (halvings - i) & 1]
+    return [choices[0]] * (budget >> halvings) + smaller
+
+
+def leaf_runs(segment: Segment) -> Int[np.ndarray, "N N"]:
+    """Returns, for n leaves [n + 1, n + 1]: at [a, b] the tokens of leaves a to b - 1 as one segment. No tree: one leaf."""
+    if TREE_EXTRAS[0] not in segment.extras:
+        return np.array([[0, len(segment.token_ids)], [0, 0]])
+    first, last = segment.extras["first_leaf"], segment.extras["last_leaf"]
+    n = int(last.max()) + 1
+    count = np.bincount(first * n + last, minlength=n * n).reshape(n, n)
+    runs = np.zeros((n + 1, n + 1), np.int64)
+    runs[:n, 1:] = count[:, ::-1].cumsum(axis=1)[:, ::-1].cumsum(axis=0).T  # that begin before b and end at a or later
+    return np.triu(runs, 1)
+
+
+def _run(segment: Segment, start: int, stop: int) -> Segment:
+    """Returns the leaves `start` to `stop - 1` of a tree. What they share with earlier ones counts there."""
+    if TREE_EXTRAS[0] not in segment.extras:
+        return segment
+    back, first, last = (segment.extras[name] for name in TREE_EXTRAS)
+    kept = (first < stop) & (last >= start)
+    place = np.cumsum(kept) - 1
+    old = np.flatnonzero(kept)
+    tree = (
+        place[old] - place[old - back[old]],
+        np.maximum(first[old], start) - start,
+        np.minimum(last[old], stop - 1) - start,
+    )
+    owned = first[old] >= start
+    extras = {name: np.where(owned, value[old], 0).astype(value.dtype) for name, value in segment.extras.items()}
+    extras |= {name: value.astype(np.int32) for name, value in zip(TREE_EXTRAS, tree, strict=True)}
+    return Segment(segment.token_ids[old], segment.positions[:, old], segment.patches, segment.grid_thw, extras)
+
+
+def _fill(plan: list[list[Segment]], shape: Shape, extras: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    rows, row_tokens, row_patches = shape
     batch: dict[str, np.ndarray] = {
         "tokens": np.zeros((rows, row_tokens), np.int32),
         "segment_ids": np.zeros((rows, row_tokens), np.int32),
@@ -95,9 +195,11 @@ def _fill(plan: list[list[Segment]], rows: int, row_tokens: int, row_patches: in
         "patch_window_ids": np.zeros((rows, row_patches), np.int32),
         "patch_frame_ids": np.zeros((rows, row_patches), np.int32),
     }
-    for name, value in plan[0][0].extras.items():
+    for name, value in extras.items():
         batch[name] = np.zeros((rows, row_tokens), value.dtype)
     for r, members in enumerate(plan):
+        if not members:
+            continue
         token = 0
         for number, segment in enumerate(members, start=1):
             span = slice(token, token + len(segment.token_ids))

@@ -11,7 +11,7 @@ from ares_jax.models.qwen2_5_vl.attention import causal_mask
 from ares_jax.models.qwen2_5_vl.model import abstract_model
 from ares_jax.parallel.chips import peak_flops, utilization
 from data_pipeline.packing import response_segment
-from data_pipeline.tree_segments import tree_segments
+from data_pipeline.tree_segments import tree_segment
 from tests import digits
 
 
@@ -42,7 +42,7 @@ def test_a_pass_costs_what_the_compiler_counts():
 def test_the_pairs_that_attend_are_those_of_the_mask():
     (prompt,) = digits.prompts(1)
     leaves = [np.arange(9), np.arange(7), np.arange(8), np.arange(5)]
-    tree = tree_segments(prompt, leaves, [-1, 0, 1, -1], [0, 3, 5, 0], [{}] * 4, row_tokens=99)[0]
+    tree = tree_segment(prompt, leaves, [-1, 0, 1, -1], [0, 3, 5, 0], [{}] * 4)
     spans = jnp.array([[tree.extras["first_leaf"], tree.extras["last_leaf"]]])
     ones = jnp.ones((1, len(tree.token_ids)), int)
     assert _seen(tree) == causal_mask(ones, spans).sum()

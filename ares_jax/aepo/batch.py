@@ -14,8 +14,8 @@ from ares_jax.aepo.scoring import ScoredGroup
 from ares_jax.aepo.state import AepoState
 from ares_jax.aepo.tree import token_advantages
 from ares_jax.sampling.trajectory import Trajectory
-from data_pipeline.packing import Segment
-from data_pipeline.tree_segments import TREE_EXTRAS, tree_segments
+from data_pipeline.packing import TREE_EXTRAS, Segment
+from data_pipeline.tree_segments import tree_segment
 
 
 def inside_windows(starts: Bool[np.ndarray, "N"], window: int) -> Bool[np.ndarray, "N"]:
@@ -27,35 +27,26 @@ def inside_windows(starts: Bool[np.ndarray, "N"], window: int) -> Bool[np.ndarra
 
 
 def learner_segments(
-    scored: Sequence[ScoredGroup], state: AepoState, aepo: ConfigDict, *, row_tokens: int, process: int = 0
+    scored: Sequence[ScoredGroup], state: AepoState, aepo: ConfigDict, *, process: int = 0
 ) -> list[Segment]:
-    """Returns each tree as one segment or a few, with the extras of `leaf_extras`: such as fill rows of `row_tokens`.
-
-    A tree that does not fit what the one before left of a row is cut there, if that is a quarter of the row or more: less
-    is not worth computing the prompt twice.
+    """Returns each tree as one segment, with the extras of `leaf_extras`.
 
     With aepo.tree = "leaf" only the prompt is shared: a leaf is then a sample with an advantage of its own everywhere.
     Only the trees that `process` drew; the weights are those among all trees. Without any, one empty segment.
     """
     share = aepo.tree == "subtree"
-    segments: list[Segment] = []
-    left = 0  # in the row that the trees so far have begun
     every = leaf_extras(scored, state, aepo)
-    for s, extras in zip(scored, every, strict=True):
-        if s.process != process:
-            continue
-        parts = tree_segments(
+    segments = [
+        tree_segment(
             s.prompt,
             [leaf.token_ids for leaf in s.group.leaves],
             [leaf.parent if share else -1 for leaf in s.group.leaves],
             [leaf.branch_position if share else 0 for leaf in s.group.leaves],
             extras,
-            row_tokens=row_tokens,
-            free=left if 4 * left >= row_tokens else None,
         )
-        sizes = [len(part.token_ids) for part in parts]
-        left = left - sizes[0] if len(parts) == 1 and sizes[0] <= left else row_tokens - sizes[-1]
-        segments += parts
+        for s, extras in zip(scored, every, strict=True)
+        if s.process == process
+    ]
     return segments or [_empty(every[0][0])]
 
 

@@ -42,6 +42,7 @@ from ares_jax.sampling.trajectory import RolloutGroup
 from ares_jax.training import abstract_state, initial_state, make_optimizer, trainable
 from ares_jax.workspace import Workspace, everyone
 from data_pipeline.images import to_data_url
+from data_pipeline.packing import padding_share
 from data_pipeline.prompts import Prompt
 from data_pipeline.reading import HoldingOut
 
@@ -222,14 +223,11 @@ class Trainer:
         losses, norms, padding, skipped = [], [], [], int(self.train_state.skipped)
         flops, fixed = 0.0, (self.reference is not None) + (a.old_log_probs == "recomputed")
         for part in np.array_split(order, min(a.minibatches, len(batch.kept))):
-            row_tokens = self.config.packing.row_tokens
-            segments = learner_segments(
-                [batch.kept[i] for i in part], self.state, a, row_tokens=row_tokens, process=jax.process_index()
-            )
+            segments = learner_segments([batch.kept[i] for i in part], self.state, a, process=jax.process_index())
             batches = self.workspace.pack(segments)
             frozen = self.config.optimizer.freeze_vision
             flops += update_flops(self.workspace.model.config, segments, fixed_passes=fixed, freeze_vision=frozen)
-            padding.append(1 - np.mean([(b["segment_ids"] > 0).mean() for b in batches]))
+            padding.append(padding_share(batches))
             self.train_state, metrics = self.learner.update(self.train_state, batches, self.reference)
             losses.append(metrics.pop("loss"))
             norms.append(metrics.pop("grad_norm"))

@@ -29,7 +29,7 @@ from ares_jax.training import Update, abstract_state, initial_state, make_optimi
 from ares_jax.training.log_probs import TokenStatistics, token_statistics
 from ares_jax.training.update import LossFn, Params
 from ares_jax.workspace import Workspace
-from data_pipeline.packing import Segment, response_segment
+from data_pipeline.packing import Segment, padding_share, response_segment
 from data_pipeline.prompts import Prompt
 
 
@@ -114,7 +114,9 @@ def fine_tune(
     with Steps(folder, watchdog=config.watchdog_seconds, state=progress) as around:
         for step in bar:
             with around.step(step):
+                started = time.time()
                 segments = next(batches)
+                waited = time.time() - started
                 weighted, count = normalized(segments)
                 begin = time.time()
                 packed = workspace.pack(weighted)
@@ -129,7 +131,8 @@ def fine_tune(
                 tqdm.write(f"{stage}: step {step + 1}: gradient not finite; update left out, {values['skipped']:.0f} so far")
             tokens += count
             seconds = time.time() - begin
-            values["tokens_per_second"] = count / seconds
+            values |= {"tokens_per_second": count / seconds, "padding": padding_share(packed)}
+            values |= {"time/data": waited, "time/step": time.time() - started}
             frozen = config.optimizer.freeze_vision
             flops = update_flops(workspace.model.config, weighted, fixed_passes=int(guided), freeze_vision=frozen)
             values |= utilization(sum(gather(flops)), seconds, place.mesh.devices.flatten().tolist())

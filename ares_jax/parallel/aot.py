@@ -116,6 +116,12 @@ def fine_tuning_programs(
     config: ConfigDict, shape: Qwen25VLConfig, devices: Sequence[Any], names: Sequence[str] = ("first", "more", "apply")
 ) -> dict[str, Compiled]:
     """Returns programs of a step of supervised fine-tuning on a micro-batch, by name."""
+    return _compile_all(*_fine_tuning(config, shape, devices), names)
+
+
+def _fine_tuning(
+    config: ConfigDict, shape: Qwen25VLConfig, devices: Sequence[Any]
+) -> tuple[dict[str, int], Mapping[str, Callable[[], jax.stages.Lowered]]]:
     model, place = _placed(config, shape, devices)
     trained, k = trainable(config.optimizer), config.cold_start
     optimizer = make_optimizer(config.optimizer, learning_rate=k.learning_rate, steps=1000, final_fraction=0.1)
@@ -127,7 +133,7 @@ def fine_tuning_programs(
     resident = _resident(state, batch, trained)
     if guided:
         resident["reference"] = resident["parameters"]
-    return _compile_all(resident, update.lower(state, batch), names)
+    return resident, update.lower(state, batch)
 
 
 def sampler_programs(
@@ -223,8 +229,11 @@ def _compile_all(
     }
 
 
-def gradients_without_code(config: ConfigDict, shape: Qwen25VLConfig, topology: str) -> Compiled:
-    """Returns the gradients' program as it is scheduled and laid out in memory, before machine code is made of it.
+_STAGES = {"cold_start": _fine_tuning, "aepo": _learner}
+
+
+def gradients_without_code(config: ConfigDict, shape: Qwen25VLConfig, topology: str, stage: str = "aepo") -> Compiled:
+    """Returns a stage's gradients' program as it is scheduled and laid out in memory, before machine code is made of it.
 
     That is most of a compilation. The compiler cannot be asked to stop there: a process compiles, and is ended once
     the compiler has written its plan of the memory down.
@@ -232,7 +241,7 @@ def gradients_without_code(config: ConfigDict, shape: Qwen25VLConfig, topology: 
     begin = time.time()
     with tempfile.TemporaryDirectory() as folder:
         child = multiprocessing.get_context("spawn").Process(
-            target=_compile_in, args=(folder, config, shape, topology), daemon=True
+            target=_compile_in, args=(folder, config, shape, topology, stage), daemon=True
         )
         child.start()
         written = None
@@ -253,10 +262,10 @@ def gradients_without_code(config: ConfigDict, shape: Qwen25VLConfig, topology: 
     return Compiled(resident, temporary, new, 0, work(text), time.time() - begin, "")
 
 
-def _compile_in(folder: str, config: ConfigDict, shape: Qwen25VLConfig, topology: str) -> None:
+def _compile_in(folder: str, config: ConfigDict, shape: Qwen25VLConfig, topology: str, stage: str) -> None:
     jax.config.update("jax_platforms", "cpu")
     tempfile.tempdir = folder
-    resident, programs = _learner(config, shape, topology_devices(topology))
+    resident, programs = _STAGES[stage](config, shape, topology_devices(topology))
     (Path(folder) / "resident").write_bytes(pickle.dumps(resident))
     program = _compile_all(resident, programs, ("more",))["more"]
     written = Path(folder) / "done.part"

@@ -8,12 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ares_jax.aepo.batch import inside_windows, leaf_extras, learner_segments
+from ares_jax.aepo.batch import inside_windows, leaf_extras
 from ares_jax.aepo.scoring import ScoredGroup
 from ares_jax.aepo.state import initial_state
 from ares_jax.config import default_config
 from ares_jax.sampling.trajectory import RolloutGroup, Trajectory
-from data_pipeline.packing import plan_rows
 from data_pipeline.prompts import Prompt
 
 _SPEC = importlib.util.spec_from_file_location("oracle", Path(__file__).parent / "oracle.py")
@@ -73,18 +72,6 @@ def test_segments(seed, reduction, dynamic, window):
             truth = [weight, values[t] + bonus, leaf.log_probs[t], beta, g.difficulty + 1, inside]
             np.testing.assert_allclose(mine, np.array(truth) if own[t] else 0, atol=2e-6)
     np.testing.assert_allclose(sum(x["weight"].sum() for x in extras), 1, atol=1e-5)
-
-
-def test_trees_are_cut_where_that_fills_rows():
-    """Trees of 63 tokens, rows of 100: a half of every third fills what the other two leave. Whole, each takes a row."""
-    leaf = Trajectory(*[np.ones(10)] * 4, np.zeros(10, bool), np.zeros(10, int), -1, 0, "stop")
-    group = ScoredGroup(PROMPT, RolloutGroup("p", (leaf,) * 6, 3, 0, 0), 0, np.ones(6, bool), np.zeros(6), np.ones(6))
-    aepo = default_config().aepo
-    segments = learner_segments([group] * 24, initial_state(aepo), aepo, row_tokens=100)
-    sizes = [len(s.token_ids) for s in segments]
-    assert sorted(sizes) == [33] * 16 + [63] * 16
-    assert len(plan_rows(sizes, [0] * 32, row_tokens=100, row_patches=1)) == 16
-    np.testing.assert_allclose(sum(s.extras["weight"].sum() for s in segments), 1, atol=1e-5)
 
 
 @pytest.mark.parametrize("length", range(10))

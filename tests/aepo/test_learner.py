@@ -51,7 +51,7 @@ def step(scored, config, *, rows, row_tokens=96, learning_rate=None, trees=True)
     """Returns the parameters after one update, and the segments' batches."""
     state = initial_state(config.aepo)._replace(tau_high=np.array(5.4))
     if trees:
-        segments = learner_segments(scored, state, config.aepo, row_tokens=row_tokens)
+        segments = learner_segments(scored, state, config.aepo)
     else:
         segments = [
             response_segment(s.prompt, leaf.token_ids, extras)
@@ -115,7 +115,7 @@ def test_each_distinct_token_counts_once(scored):
         ("subtree", distinct),
         ("leaf", sum(len(leaf.token_ids) for s in scored for leaf in s.group.leaves)),
     ):
-        segments = learner_segments(scored, state, aepo(tree=tree).aepo, row_tokens=96)
+        segments = learner_segments(scored, state, aepo(tree=tree).aepo)
         assert sum(int((s.extras["bucket"] > 0).sum()) for s in segments) == expected
 
 
@@ -144,7 +144,7 @@ def test_scores_and_state(scored):
 def test_the_reference_may_live_on_the_host_or_not_at_all(scored):
     def update(reference):
         state = initial_state(aepo().aepo)._replace(tau_high=np.array(5.4))
-        batches = pack(learner_segments(scored, state, aepo().aepo, row_tokens=96), rows=16, row_tokens=96, row_patches=48)
+        batches = pack(learner_segments(scored, state, aepo().aepo), rows=16, row_tokens=96, row_patches=48)
         learner = Learner(digits.model(), BANNED, optax.sgd(1.0), aepo().aepo, digits.placement(), temperature=1.0)
         params = jax.tree.map(lambda x: 0.9 * x, to_flat(digits.model()))
         return learner.update(train_state(params, optax.sgd(1.0), digits.placement()), batches, reference)
