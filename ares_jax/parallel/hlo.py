@@ -76,10 +76,25 @@ class _Walk:
         return self.known[name]
 
     def trips(self, loop: _Instruction) -> int | None:
-        """Returns how often a loop of JAX runs, which counts upwards from zero: at most, if it may end sooner."""
+        """Returns how often a loop runs that counts upwards from zero: at most, if it may end sooner."""
         if noted := re.search(r'known_trip_count[^}]*?"?n"?:\s*"?(\d+)', loop.rest):
             return int(noted.group(1))
-        return min(self._limits(_called(loop, "condition")[0], []), default=None)
+        limit = min(self._limits(_called(loop, "condition")[0], []), default=None)
+        return None if limit is None else -(-limit // self._step(loop))
+
+    def _step(self, loop: _Instruction) -> int:
+        """Returns by how much a loop counts: JAX's by one, the compiler's own, of products cut into windows, also by two."""
+        asked, body = (self.computations[_called(loop, name)[0]] for name in ("condition", "body"))
+        compared = [asked.get(x.operands[0]) for x in asked.values() if x.opcode == "compare" and "direction=LT" in x.rest]
+        place = [re.search(r"index=(\d+)", x.rest) for x in compared if x and x.opcode == "get-tuple-element"]
+        (root,) = (x for x in body.values() if x.root)
+        if len(place) != 1 or place[0] is None or root.opcode != "tuple":
+            return 1
+        counted = body.get(root.operands[int(place[0].group(1))])
+        if counted is None or counted.opcode != "add":
+            return 1
+        steps = [body[name] for name in counted.operands if name in body and body[name].opcode == "constant"]
+        return int(steps[0].rest) if len(steps) == 1 and steps[0].rest.isdigit() else 1
 
     def _limits(self, name: str, given: list[_Instruction]) -> list[int]:
         """Returns the constants that a computation asks integers to be less than."""

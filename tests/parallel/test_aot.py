@@ -83,8 +83,7 @@ def test_the_step_of_a_shipped_config_fits_its_chips(steps, size, stage):
     assert program.temporary > shape.text.num_layers * config.packing.row_tokens * shape.text.hidden_size * 2
     kernels = kernel_flops(config, shape, 8)
     by_hand = config.packing.rows / 8 * sum(gradient_flops(row_flops(config, shape), remat=config.model.remat))
-    # On this slice the compiler's text has 28 (3B) and 33 % (7B) more than there is to do; on 64 chips 4 % less.
-    assert 0.9 * by_hand < program.work.flops + kernels["more"] < 1.4 * by_hand
+    assert program.work.flops + kernels["more"] == pytest.approx(by_hand, rel=0.1)
     # Sent, at least: the weights of the layers gathered in bfloat16 for both passes, seven eighths of each from others.
     assert sum(program.work.collective.values()) > 2 * 2 * 7 / 8 * 0.8 * count
     text = table({"more": program}, kernels, TPUS["v5p"])

@@ -66,6 +66,37 @@ def test_a_loop_that_may_end_early_counts_at_most_and_an_unlimited_one_is_left_o
         assert (counted.flops, counted.unknown_loops) == (times * 2 * 32**3, unknown)
 
 
+def test_a_loop_of_the_compilers_own_may_count_by_two():
+    """As those do in which it makes a product of what it gathers meanwhile, window by window."""
+    text = """HloModule m
+
+%body (p: (u32[], f32[32,32])) -> (u32[], f32[32,32]) {
+  %p = (u32[], f32[32,32]{1,0}) parameter(0)
+  %i = u32[] get-tuple-element(%p), index=0
+  %two = u32[] constant(2)
+  %next = u32[] add(%i, %two)
+  %x = f32[32,32]{1,0} get-tuple-element(%p), index=1
+  %y = f32[32,32]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (u32[], f32[32,32]{1,0}) tuple(%next, %y)
+}
+
+%condition (p: (u32[], f32[32,32])) -> pred[] {
+  %p = (u32[], f32[32,32]{1,0}) parameter(0)
+  %i = u32[] get-tuple-element(%p), index=0
+  %limit = u32[] constant(7)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+ENTRY %main (x: f32[32,32]) -> (u32[], f32[32,32]) {
+  %x = f32[32,32]{1,0} parameter(0)
+  %zero = u32[] constant(0)
+  %start = (u32[], f32[32,32]{1,0}) tuple(%zero, %x)
+  ROOT %loop = (u32[], f32[32,32]{1,0}) while(%start), condition=%condition, body=%body
+}
+"""
+    assert hlo.work(text).flops == 4 * 2 * 32**3
+
+
 def test_what_is_cut_out_of_a_large_array_or_written_into_it_counts_as_the_piece():
     big = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
 

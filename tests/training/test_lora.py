@@ -94,6 +94,8 @@ def test_fine_tuning_trains_lora_or_the_model_and_is_guided_by_where_it_began(tm
     for name, value in start.items():
         frozen = name.startswith("visual.") or is_lora(name) != lora
         assert np.array_equal(value, end[name]) == frozen, name
+    lines = read_jsonl(tmp_path / "cold_start" / "metrics.jsonl")
+    assert all(0 <= line["padding"] < 1 and 0 <= line["time/data"] < line["time/step"] for line in lines)
     if lora:
-        kl = [line["kl"] for line in read_jsonl(tmp_path / "cold_start" / "metrics.jsonl")]
+        kl = [line["kl"] for line in lines]
         assert len(kl) == 3 and kl[0] < 1e-6 < min(kl[1:])
