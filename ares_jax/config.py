@@ -76,6 +76,9 @@ def default_config() -> ConfigDict:
     s = c.sampler = ConfigDict()
     s.url = ""  # address of a running `ares_jax.serve`; empty: the command starts one as its own process
     s.colocated = False  # draw in the learner's own processes, one engine a host; weights go from device to device
+    # Devices of a host over which the sampler's model and cache are split, by heads, hidden units and vocabulary: as many
+    # as the weights need, for memory
+    s.tensor = 1
     s.host, s.port = "127.0.0.1", 0  # where `serve` listens; port 0 takes a free one
     s.image_hosts = ()  # from which a chat's images may be fetched over HTTP, such as ("images.example.org",)
     s.weight_roots = ()  # folders below which weights may be loaded by path, besides the run's own checkpoints
@@ -84,6 +87,7 @@ def default_config() -> ConfigDict:
     s.pages = 8192  # pages of the KV cache
     s.decode_steps = 16  # tokens decoded per round trip to the host
     s.prefill_batch = 16  # prompts prefilled together
+    s.prefill_layers = 16  # of the vision tower or the text decoder, run on them between two decode calls
     s.kernel = ""  # of the decode step: "tpu" (Pallas) or "xla"; empty: Pallas on a TPU, XLA elsewhere
     s.max_prompt_tokens = 4096  # text and image tokens
     s.max_prompt_patches = 16_384  # pixel patches of one prompt (four a merged vision token)

@@ -79,7 +79,7 @@ def kernel_flops(config: ConfigDict, shape: Qwen25VLConfig, chips: int) -> dict[
     head = 2 * shape.text.hidden_size * shape.text.vocab_size
     return {
         "log_probs": rows * row.attention, "more": rows * gradient_flops(row, remat=config.model.remat).attention,
-        "prefill": s.prefill_batch * prompt.attention, "decode": s.slots * s.decode_steps * head,
+        "prefill": s.prefill_batch * prompt.attention / s.tensor, "decode": s.slots * s.decode_steps * head / s.tensor,
     }  # fmt: skip
 
 
@@ -271,10 +271,10 @@ def report(config: ConfigDict, shape: Qwen25VLConfig, name: str) -> Iterator[str
     yield table(tuning, kernels, chip)
     yield _rate(config, shape, tuning, chip, len(devices))
     yield (
-        f"\nsampler, one chip: {s.prefill_batch} prompts of {s.max_prompt_tokens} tokens; {s.slots} sequences, "
-        f"{s.decode_steps} tokens each at full length"
+        f"\nsampler, {'one chip' if s.tensor == 1 else f'{s.tensor} chips'}: {s.prefill_batch} prompts of "
+        f"{s.max_prompt_tokens} tokens; {s.slots} sequences, {s.decode_steps} tokens each at full length"
     )
-    sampler = aot.sampler_programs(config, shape, devices[0])
+    sampler = aot.sampler_programs(config, shape, devices)
     yield table(sampler, kernels, chip)
     if all(not x.refused for x in sampler.values()):
         cache = sampler["decode"].resident["KV pages"]

@@ -3,17 +3,15 @@
 import functools
 from pathlib import Path
 
-import jax
 from absl import flags
 from ml_collections import ConfigDict
 
 from ares_jax import cli
-from ares_jax.parallel.sharding import make_mesh
 from ares_jax.sampling import Engine
 from ares_jax.service.chat import ChatFormat
 from ares_jax.service.process import die_with
 from ares_jax.service.server import run_server
-from ares_jax.workspace import Workspace, open_workspace
+from ares_jax.workspace import Workspace, open_workspace, sampler_mesh
 
 _READY_FILE = flags.DEFINE_string("ready_file", None, "written with the address once the service answers")
 _PARENT = flags.DEFINE_integer("parent", 0, "process that started this one; the service ends with it")
@@ -25,7 +23,7 @@ def make_engine(config: ConfigDict, folder: Path) -> Engine:
 
 
 def _open(config: ConfigDict, folder: Path) -> Workspace:
-    return open_workspace(config, folder, mesh=make_mesh(devices=jax.local_devices()[:1]))
+    return open_workspace(config, folder, mesh=sampler_mesh(config))
 
 
 def _engine(workspace: Workspace) -> Engine:

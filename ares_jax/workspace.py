@@ -189,7 +189,7 @@ class Workspace:
             max_slots=s.slots, page_size=s.page_size, num_pages=s.pages, max_prompt_tokens=s.max_prompt_tokens,
             max_prompt_patches=s.max_prompt_patches, max_context_tokens=s.max_prompt_tokens + s.max_response_tokens,
             prefill_batch=s.prefill_batch, decode_steps=s.decode_steps, window=self.config.aepo.window,
-            kernel=s.kernel or ("tpu" if jax.default_backend() == "tpu" else "xla"),
+            kernel=s.kernel or ("tpu" if jax.default_backend() == "tpu" else "xla"), prefill_layers=s.prefill_layers,
         )  # fmt: skip
         return Engine(
             self.merged_model(params), options, eos_token_ids=[self.tokenizer.eos_token_id], banned=self.banned,
@@ -197,10 +197,19 @@ class Workspace:
         )  # fmt: skip
 
     def own_engine(self) -> Engine:
-        """Returns an engine on this host's first device; its weights are zeros until some are pushed."""
-        (device,) = jax.local_devices()[:1]
-        zeros = {name: jnp.zeros(x.shape, x.dtype, device=device) for name, x in to_flat(self.model).items()}
-        return self.engine(zeros)
+        """Returns an engine on this host's first devices; its weights are zeros until some are pushed."""
+        places = place_model(self.model, sampler_mesh(self.config)).params
+        return self.engine(
+            {name: jnp.zeros(x.shape, x.dtype, device=places[name]) for name, x in to_flat(self.model).items()}
+        )
+
+
+def sampler_mesh(config: ConfigDict) -> jax.sharding.Mesh:
+    """Returns the first `sampler.tensor` devices of this host as a mesh. Raises `UserError` if there are fewer."""
+    count, devices = config.sampler.tensor, jax.local_devices()
+    if not 1 <= count <= len(devices):
+        raise UserError(f"sampler.tensor={count}: this host has {len(devices)} devices; give 1 to {len(devices)}")
+    return make_mesh(tensor=count, devices=devices[:count])
 
 
 def everyone(client: Sampler) -> Sampler | Everyone:

@@ -28,7 +28,7 @@ from ares_jax.checkpoints import save_hf
 from ares_jax.models.params import to_flat, with_params
 from ares_jax.models.qwen2_5_vl import Qwen25VL, Qwen25VLConfig, TextConfig, VisionConfig
 from ares_jax.parallel.sharding import make_mesh, place_model
-from ares_jax.sampling.programs import Programs, Rows, cut_layers, leaf_keys
+from ares_jax.sampling.programs import Programs, Prompts, Rows, cut_layers, leaf_keys
 from ares_jax.training import Update, initial_state
 from ares_jax.training.log_probs import token_statistics
 
@@ -174,7 +174,7 @@ def _decode(model: Qwen25VL, params: dict, theirs: torch.nn.Module, tokens: np.n
     per_row = (_PROMPT + _NEW) // _PAGE
     none = jnp.zeros(v, bool)
     programs = Programs(
-        model, eos_token_ids=(-1,), banned=none, trigger=none, steps=_NEW, page_size=_PAGE, kernel="xla"
+        model, eos_token_ids=(-1,), banned=none, trigger=none, steps=_NEW, kernel="xla", prefill_layers=c.num_layers
     )  # fmt: skip
     table = jnp.arange(1, 1 + _SEQUENCES * per_row, dtype=jnp.int32).reshape(_SEQUENCES, per_row)
     shape = (c.num_layers, 1 + table.size, _PAGE, 2 * c.num_kv_heads, c.head_dim)
@@ -190,7 +190,7 @@ def _decode(model: Qwen25VL, params: dict, theirs: torch.nn.Module, tokens: np.n
 
     def ours():
         nonlocal pages
-        filled = programs.prefill(arranged, pages, prompts, positions, jnp.ones_like(prompts), None, table[:, :1])
+        filled = programs.prefill(arranged, pages, Prompts(prompts, positions, np.ones_like(prompts), table[:, :1], None))
         pages, _, drawn = programs.decode(arranged, filled, table, rows)
         return np.asarray(drawn.token).T
 

@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 
-from ares_jax.models.qwen2_5_vl import Qwen25VLConfig, TextConfig, VisionConfig
+from ares_jax.models.qwen2_5_vl import Qwen25VL, Qwen25VLConfig, TextConfig, VisionConfig
 from ares_jax.models.qwen2_5_vl.model import new_model
 from ares_jax.parallel.sharding import make_mesh, place_model
 from ares_jax.sampling import Engine, EngineOptions
@@ -41,8 +41,12 @@ def prompts(count: int):
     return [encoder()(source[i]) for i in range(count)]
 
 
-def engine(*, pages: int = 400, slots: int = 32, window: int = 3) -> Engine:
+def engine(
+    *, pages: int = 400, slots: int = 32, window: int = 3, prefill_layers: int = 16, other: Qwen25VL | None = None
+) -> Engine:
+    """Returns an engine for the shared model, or another, where its parameters lie."""
     trigger = np.random.default_rng(0).random(VOCABULARY) < 0.3  # a random model says trigger words by chance
-    options = EngineOptions(slots, 8, pages, 64, 48, 128, 4, 5, window)
+    options = EngineOptions(slots, 8, pages, 64, 48, 128, 4, 5, window, prefill_layers=prefill_layers)
     banned = np.arange(VOCABULARY) >= len(encoder().tokenizer)
-    return Engine(model(), options, eos_token_ids=[encoder().tokenizer.eos_token_id], banned=banned, trigger_mask=trigger)
+    eos = [encoder().tokenizer.eos_token_id]
+    return Engine(other or model(), options, eos_token_ids=eos, banned=banned, trigger_mask=trigger)

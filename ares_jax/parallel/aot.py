@@ -24,10 +24,11 @@ from ares_jax.errors import UserError
 from ares_jax.models.params import to_flat
 from ares_jax.models.qwen2_5_vl import Qwen25VLConfig, VisionInputs
 from ares_jax.models.qwen2_5_vl.model import Qwen25VL, abstract_model
+from ares_jax.models.qwen2_5_vl.paged import cache_spec, cached_heads
 from ares_jax.parallel.chips import TPUS
 from ares_jax.parallel.hlo import Work, work
 from ares_jax.parallel.sharding import Placement, batch_sharding, make_mesh, place_model
-from ares_jax.sampling.programs import Programs, Rows
+from ares_jax.sampling.programs import Programs, Prompts, Rows
 from ares_jax.training import Update, abstract_state, make_optimizer, trainable
 from ares_jax.training.log_probs import token_statistics
 
@@ -137,32 +138,35 @@ def _fine_tuning(
 
 
 def sampler_programs(
-    config: ConfigDict, shape: Qwen25VLConfig, device: Any, names: Sequence[str] = ("prefill", "decode")
+    config: ConfigDict, shape: Qwen25VLConfig, devices: Sequence[Any], names: Sequence[str] = ("prefill", "decode")
 ) -> dict[str, Compiled]:
-    """Returns programs as the engine runs them, on one device, rows at their longest, by name."""
+    """Returns programs as the engine runs them, on `sampler.tensor` of the devices, rows at their longest, by name."""
     s = config.sampler
-    mesh = make_mesh(devices=[device])
-    model, _ = _placed(config, shape, [device], mesh=mesh)
-    here = jax.sharding.SingleDeviceSharding(device)
+    if not 1 <= s.tensor <= len(devices):
+        raise UserError(f"sampler.tensor={s.tensor}: the slice has {len(devices)} chips; give 1 to {len(devices)}")
+    mesh = make_mesh(tensor=s.tensor, devices=devices[: s.tensor])
+    model, place = _placed(config, shape, devices, mesh=mesh)
+    params = place.abstract(to_flat(model))
 
-    def array(dimensions, dtype):
-        return jax.ShapeDtypeStruct(dimensions, dtype, sharding=here)
+    def array(dimensions, dtype, *spec):
+        return jax.ShapeDtypeStruct(dimensions, dtype, sharding=jax.NamedSharding(mesh, jax.P(*spec)))
 
-    params = {name: array(leaf.shape, leaf.dtype) for name, leaf in to_flat(model).items()}
     t, none = shape.text, jnp.zeros(shape.text.vocab_size, bool)
     programs = Programs(
-        model, eos_token_ids=(0,), banned=none, trigger=none, steps=s.decode_steps, page_size=s.page_size,
-        kernel=s.kernel or "tpu",
+        model, eos_token_ids=(0,), banned=none, trigger=none, steps=s.decode_steps, kernel=s.kernel or "tpu",
+        prefill_layers=s.prefill_layers,
     )  # fmt: skip
-    pages = array((t.num_layers, s.pages, s.page_size, 2 * t.num_kv_heads, t.head_dim), model.text.dtype)
+    heads = cached_heads(t.num_heads, t.num_kv_heads, s.tensor)
+    with jax.set_mesh(mesh):
+        pages = array((t.num_layers, s.pages, s.page_size, 2 * heads, t.head_dim), model.text.dtype, *cache_spec(heads))
     rows, tokens, patches = s.prefill_batch, s.max_prompt_tokens, s.max_prompt_patches
     vision = VisionInputs(
         array((rows, patches, shape.vision.patch_values), jnp.float32), array((rows, patches, 2), jnp.int32),
         array((rows, patches), jnp.int32), array((rows, patches), jnp.int32),
     )  # fmt: skip
-    prompts = (
-        array((rows, tokens), jnp.int32), array((rows, 3, tokens), jnp.int32), array((rows, tokens), jnp.int32), vision,
-        array((rows, tokens // s.page_size), jnp.int32),
+    prompts = Prompts(
+        array((rows, tokens), jnp.int32), array((rows, 3, tokens), jnp.int32), array((rows, tokens), jnp.int32),
+        array((rows, tokens // s.page_size), jnp.int32), vision,
     )  # fmt: skip
     width = -(-(tokens + s.max_response_tokens) // s.page_size)
     kinds = {
@@ -173,15 +177,15 @@ def sampler_programs(
     sequences = Rows(**{name: array((s.slots, *widths.get(name, ())), kinds.get(name, jnp.int32)) for name in Rows._fields})
     table = array((s.slots, width), jnp.int32)
     resident = {"parameters": bytes_per_chip(params), "KV pages": bytes_per_chip(pages)}
-    given = {"prefill": prompts, "decode": (table, sequences)}
+    given = {"prefill": (prompts,), "decode": (table, sequences)}
+    jitted = {"prefill": jax.jit(programs.prefill, donate_argnums=1), "decode": programs.decode}
     compiled: dict[str, Compiled] = {}
     with jax.set_mesh(mesh):  # says that the platform is a TPU's
         for name in names:
-            lower = functools.partial(getattr(programs, name).lower, params, pages, *given[name])
+            lower = functools.partial(jitted[name].lower, params, pages, *given[name])
             compiled |= _compile_all(resident | {"batch": bytes_per_chip(given[name])}, {name: lower})
             if (work := compiled[name].work).page_kernels:  # each reads every key and value of the rows once
-                token = 2 * t.num_kv_heads * t.head_dim * pages.dtype.itemsize
-                work.bytes += t.num_layers * s.decode_steps * s.slots * width * s.page_size * token
+                work.bytes += s.decode_steps * s.slots * width * bytes_per_chip(pages) / s.pages
     return compiled
 
 

@@ -99,21 +99,27 @@ def put(value: Any, sharding: NamedSharding | None) -> jax.Array:
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
-def local_copy(value: jax.Array) -> jax.Array:
-    """Returns a copy of an array, whole, on one device of this host: no disk, no host memory.
+def _everywhere(value: jax.Array) -> jax.Array:
+    """Returns an array, whole, on each of its devices.
 
     It waits: the devices never hold more than one array whole in vain, and on CPUs, whose programs do not run in the order
     in which they were started, two exchanges at a time would wait for each other.
     """
     mesh = getattr(value.sharding, "mesh", None)
-    if mesh is not None:
-        value = jax.block_until_ready(jax.device_put(value, NamedSharding(mesh, PartitionSpec())))
-    return value.addressable_data(0).copy()
+    return value if mesh is None else jax.block_until_ready(jax.device_put(value, NamedSharding(mesh, PartitionSpec())))
+
+
+def local_parts(value: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """Returns a copy of an array, laid out over devices of this host that hold a part of it: no disk, no host memory."""
+    whole = {shard.device: shard.data for shard in _everywhere(value).addressable_shards}
+    parts = [whole[device][index] for device, index in sharding.addressable_devices_indices_map(value.shape).items()]
+    parts = jax.block_until_ready([part.copy() for part in parts])  # all of it may be the very array
+    return jax.make_array_from_single_device_arrays(value.shape, sharding, parts)
 
 
 def to_host(value: jax.Array) -> np.ndarray:
     """Returns an array, whole, in this host's memory."""
-    return np.asarray(value if value.is_fully_addressable else local_copy(value))
+    return np.asarray(value if value.is_fully_addressable else _everywhere(value).addressable_data(0))
 
 
 def local_rows(value: jax.Array) -> Shaped[np.ndarray, "B ..."]:

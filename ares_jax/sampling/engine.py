@@ -7,21 +7,24 @@ and samples. For a root that prefix is the prompt, for a branch the prompt and t
 
 import bisect
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Bool
 
 from ares_jax.errors import UserError
-from ares_jax.models.params import check_flat, to_flat
+from ares_jax.models.params import check_flat, to_flat, with_params
 from ares_jax.models.qwen2_5_vl import Qwen25VL, VisionInputs
+from ares_jax.models.qwen2_5_vl.paged import cache_spec, cached_heads
 from ares_jax.sampling.branching import select_branches
 from ares_jax.sampling.pages import OutOfPages, PagePool
-from ares_jax.sampling.programs import Programs, Rows, cut_layers, leaf_keys
+from ares_jax.sampling.programs import Part, Programs, Prompts, Rows, cut_layers, leaf_keys
 from ares_jax.sampling.trajectory import Piece, RolloutGroup, RolloutRequest, Trajectory
 from data_pipeline.errors import DataError
 from data_pipeline.placeholders import vision_spans
@@ -42,6 +45,7 @@ class EngineOptions:
     decode_steps: int  # tokens between two looks of the host
     window: int  # tokens of an entropy window
     kernel: str = "xla"  # implementation of `kernels.sample_with_entropy`
+    prefill_layers: int = 16  # run between two decode calls
 
 
 @dataclass(eq=False)
@@ -67,6 +71,30 @@ class _Group:
     leaves: list[_Leaf] = field(default_factory=list)
     waiting: collections.deque = field(default_factory=collections.deque)  # (parent, start) of leaves not yet begun
     branched: bool = False
+    filled: bool = False  # the prompt's keys and values are all in the cache
+
+    def page_lists(self) -> list[list[int]]:
+        return [self.prompt_pages, *(leaf.pages for leaf in self.leaves)]
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A preempted group: its page lists hold places in `content` for as long as it has no pages."""
+
+    group: _Group
+    content: np.ndarray  # [layers, pages (of a compiled size), slots, 2 x heads, head size], in the host's memory
+    pages: int
+
+
+@dataclass(eq=False)
+class _Filling:
+    """Prompts of one shape on their way through the layers."""
+
+    groups: list[_Group]  # row by row
+    prompts: Prompts
+    parts: list[Part]
+    x: Any = None  # what the next part takes
+    done: int = 0  # parts
 
 
 class Engine:
@@ -89,29 +117,37 @@ class Engine:
             )
         self.options = o
         self.policy_version = policy_version
-        self._model = model
+        if o.prefill_layers < 1:
+            raise UserError(f"sampler.prefill_layers={o.prefill_layers}: give at least 1")
         flat = to_flat(model)
         self._shapes = {name: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for name, v in flat.items()}
+        model = with_params(model, self._shapes)  # its weights must not stay when others come
         self._params = _arranged(flat)
         self._programs = Programs(
             model, eos_token_ids=tuple(eos_token_ids), banned=jnp.asarray(banned), trigger=jnp.asarray(trigger_mask),
-            steps=o.decode_steps, page_size=o.page_size, kernel=o.kernel,
+            steps=o.decode_steps, kernel=o.kernel, prefill_layers=o.prefill_layers,
         )  # fmt: skip
+        self._config = model.config
         self._eos = set(map(int, eos_token_ids))
         # What prompts are padded to: few shapes, as each is compiled.
         self._prompt_sizes = _sizes(o.max_prompt_tokens, o.page_size)
         self._patch_sizes = (0, *_sizes(o.max_prompt_patches, model.config.vision.spatial_merge_size**2))
         self._table_width = -(-o.max_context_tokens // o.page_size)
-        shape = (text.num_layers, o.num_pages, o.page_size, 2 * text.num_kv_heads, text.head_dim)
-        self._kv_pages = jnp.zeros(shape, model.text.dtype)
+        self._mesh = _mesh(flat)
+        heads = cached_heads(text.num_heads, text.num_kv_heads, self._mesh.shape["tensor"] if self._mesh else 1)
+        shape = (text.num_layers, o.num_pages, o.page_size, 2 * heads, text.head_dim)
+        with self._on_mesh():
+            self._place = NamedSharding(self._mesh, cache_spec(heads)) if self._mesh else None
+            self._kv_pages = jnp.zeros(shape, model.text.dtype, device=self._place)
         self._pool = PagePool(o.num_pages)
         self._queue: collections.deque[tuple[int, RolloutRequest]] = collections.deque()
         self._groups: dict[int, _Group] = {}  # admitted, oldest first
+        self._fillings: collections.deque[_Filling] = collections.deque()
+        self._saved: dict[int, _Saved] = {}
         self._live: list[_Leaf] = []
         self._copies: list[tuple[int, int]] = []
         self._next = 0
         self._begun: set[int] = set()  # requests that were admitted and have not finished
-        self.preempted: set[int] = set()  # those of them that were put back: they are drawn from the start again
         self._coming: tuple[dict[str, Any], int] | None = None  # weights that wait for what was begun
         self._leaf_pages = 0.0  # running mean over finished groups: pages a leaf had to itself
         self._totals = collections.Counter(prefilled=0, decoded=0, groups=0, preempted=0, calls=0)
@@ -154,7 +190,7 @@ class Engine:
             )
         if (patches := int(request.grid_thw.prod(axis=1).sum())) != len(request.patches):
             raise UserError(f"problem {request.problem_id}: {len(request.patches)} image patches, grid_thw says {patches}")
-        c = self._model.config
+        c = self._config
         try:
             vision_spans(
                 request.token_ids, request.grid_thw, {c.image_token_id, c.video_token_id}, problem_id=request.problem_id
@@ -167,15 +203,13 @@ class Engine:
         self._queue = collections.deque(item for item in self._queue if item[0] != number)
         if number in self._groups:
             self._drop(self._groups[number])
+        self._saved.pop(number, None)
         self._forget(number)
 
     def drawn(self, number: int, seen: Mapping[int, int]) -> list[Piece]:
-        """Returns what each leaf of an unfinished request has drawn after its first `seen[leaf]` (default 0) tokens.
-
-        A preempted request has nothing for a while, then draws the same again.
-        """
-        pieces = []
-        for leaf in self._groups[number].leaves if number in self._groups else ():
+        """Returns what each leaf of an unfinished request has drawn after its first `seen[leaf]` (default 0) tokens."""
+        pieces, group = [], self._begun_group(number)
+        for leaf in group.leaves if group else ():
             new = slice(seen.get(leaf.index, 0), leaf.count)
             names = ("token_ids", "log_probs", "entropies", "window_means")
             columns = {name: leaf.columns[name][new].copy() for name in names}
@@ -184,11 +218,14 @@ class Engine:
 
     def end_leaf(self, number: int, index: int) -> None:
         """Ends a leaf where it stands, as "stop"; its request finishes once all have ended. Others are no error."""
-        group = self._groups.get(number)
+        group = self._begun_group(number)
         if group and index < len(group.leaves) and not group.leaves[index].done:
             leaf = group.leaves[index]
             leaf.done, leaf.reason = True, "stop"
-            self._live.remove(leaf)
+            self._live = [other for other in self._live if other is not leaf]
+
+    def _begun_group(self, number: int) -> _Group | None:
+        return self._groups.get(number) or (self._saved[number].group if number in self._saved else None)
 
     def load_weights(self, flat: Mapping[str, jax.Array | np.ndarray], version: int, *, finish: bool = False) -> None:
         """Takes new weights at once: leaves in flight go on with them. Raises `UserError` and changes nothing if they do
@@ -212,9 +249,15 @@ class Engine:
         if self._coming is not None and (at_once or not self._begun):
             (flat, version), self._coming = self._coming, None
             self._params = _arranged(
-                {n: jax.device_put(jnp.asarray(flat[n], old.dtype), old.sharding) for n, old in self._shapes.items()}
+                {n: jax.device_put(flat[n].astype(old.dtype, copy=False), old.sharding) for n, old in self._shapes.items()}
             )
             self.policy_version = version
+            for filling in self._fillings:  # a prompt is seen by one set of weights
+                filling.x, filling.done = None, 0
+
+    def _on_mesh(self) -> AbstractContextManager:
+        """Returns the context in which the programs run."""
+        return jax.set_mesh(self._mesh) if self._mesh else nullcontext()
 
     @property
     def busy(self) -> bool:
@@ -238,7 +281,7 @@ class Engine:
     def step(self) -> list[tuple[int, RolloutGroup]]:
         """Admits what fits, decodes some tokens, and returns the groups that are complete, by request number."""
         self._admit_leaves()
-        self._admit_groups()
+        self._admit_groups(at_once=not self._live)
         if not self._live and len(self._groups) > 1 and all(group.waiting for group in self._groups.values()):
             self._preempt(next(reversed(self._groups.values())))  # leaves wait for pages that only waiting groups hold
         if self._live:
@@ -255,33 +298,56 @@ class Engine:
 
     # Admission.
 
-    def _admit_groups(self) -> None:
-        o = self.options
-        while self._queue and len(self._live) < o.max_slots:
-            batch: list[_Group] = []
-            claimed = self._pages_claimed()
-            while self._queue and len(batch) < o.prefill_batch:
-                number, request = self._queue[0]
-                if self._coming is not None and number not in self._begun:
-                    break
-                wanted = len(self._live) + sum(group.request.root_leaves for group in batch)
-                needed = request.root_leaves * (-(-(len(request.token_ids) + o.decode_steps) // o.page_size) + 1)
-                needed = max(needed, self._pages_expected(request))
-                if wanted >= o.max_slots or self._groups and needed > self._pool.free - claimed:
-                    break
-                self._queue.popleft()
-                pages = self._pool.allocate(-(-len(request.token_ids) // o.page_size))
-                claimed += needed - len(pages)
-                keys = np.asarray(leaf_keys(jax.random.key(request.seed), request.group_size))
-                group = _Group(number, request, pages, keys)
-                group.waiting.extend([(-1, 0)] * request.root_leaves)
-                batch.append(group)
-                self._groups[number] = group
-                self._begun.add(number)
-            if not batch:
+    def _admit_groups(self, *, at_once: bool) -> None:
+        """Prefills what fits: all of it `at_once`, else one part, so that leaves never wait longer for their next tokens."""
+        while self._fillings or self._begin_groups():
+            filling = self._fillings[0]
+            with self._on_mesh():
+                self._kv_pages, filling.x = self._programs.prefill_part(
+                    self._params, self._kv_pages, filling.prompts, filling.x, filling.parts[filling.done]
+                )
+            filling.done += 1
+            if filling.done == len(filling.parts):
+                self._fillings.popleft()
+                for group in filling.groups:
+                    group.filled = True
+                self._admit_leaves()
+            if not at_once:
                 return
-            self._prefill(batch)
-            self._admit_leaves()
+
+    def _begin_groups(self) -> bool:
+        """Takes the next prompts from the queue, if there is room for their leaves; returns whether there are any.
+
+        A preempted group that comes first goes on where it was.
+        """
+        o = self.options
+        batch: list[_Group] = []
+        claimed = self._pages_claimed()
+        while self._queue and len(batch) < o.prefill_batch:
+            number, request = self._queue[0]
+            if number in self._saved:
+                if batch or not self._resume(self._saved[number]):
+                    break
+                claimed = self._pages_claimed()
+                continue
+            if self._coming is not None and number not in self._begun:
+                break
+            wanted = len(self._live) + sum(group.request.root_leaves for group in batch)
+            needed = request.root_leaves * (-(-(len(request.token_ids) + o.decode_steps) // o.page_size) + 1)
+            needed = max(needed, self._pages_expected(request))
+            if wanted >= o.max_slots or self._groups and needed > self._pool.free - claimed:
+                break
+            self._queue.popleft()
+            pages = self._pool.allocate(-(-len(request.token_ids) // o.page_size))
+            claimed += needed - len(pages)
+            keys = np.asarray(leaf_keys(jax.random.key(request.seed), request.group_size))
+            group = _Group(number, request, pages, keys)
+            group.waiting.extend([(-1, 0)] * request.root_leaves)
+            batch.append(group)
+            self._groups[number] = group
+            self._begun.add(number)
+        self._fillings.extend(self._alike(batch))
+        return bool(batch)
 
     def _pages_expected(self, request: RolloutRequest) -> int:
         """Returns the pages a group takes until its end, if its leaves are as long as those of earlier groups."""
@@ -296,8 +362,8 @@ class Engine:
         prompt, size = len(group.request.token_ids), self.options.page_size
         return len(group.prompt_pages) + sum(len(leaf.pages) - (prompt + leaf.start - 1) // size for leaf in group.leaves)
 
-    def _prefill(self, groups: list[_Group]) -> None:
-        """Fills the prompts' pages, each in the smallest of the compiled shapes that holds it.
+    def _alike(self, groups: list[_Group]) -> list[_Filling]:
+        """Returns the prompts by shape, each in the smallest of the compiled shapes that holds it.
 
         Never in a larger one that holds its neighbours: sums over other paddings round differently, and a prompt must give
         the same bits whatever comes with it.
@@ -306,10 +372,9 @@ class Engine:
         for group in groups:
             tokens, patches = len(group.request.token_ids), len(group.request.patches)
             shapes[_smallest(self._prompt_sizes, tokens), _smallest(self._patch_sizes, patches)].append(group)
-        for (length, space), alike in shapes.items():
-            self._prefill_alike(alike, length, space)
+        return [self._filling(alike, length, space) for (length, space), alike in shapes.items()]
 
-    def _prefill_alike(self, groups: list[_Group], length: int, space: int) -> None:
+    def _filling(self, groups: list[_Group], length: int, space: int) -> _Filling:
         o, rows = self.options, _bucket(len(groups), self.options.prefill_batch, smallest=1)
         tokens = np.zeros((rows, length), np.int32)
         segments, positions = np.zeros_like(tokens), np.zeros((rows, 3, length), np.int32)
@@ -326,12 +391,13 @@ class Engine:
             windows[r, :size], frames[r, :size] = layout.window_ids, layout.frame_ids
             self._totals["prefilled"] += count
         vision = VisionInputs(patches, places, windows, frames) if space else None  # text alone needs no vision tower
-        self._kv_pages = self._programs.prefill(self._params, self._kv_pages, tokens, positions, segments, vision, pages)
+        prompts = Prompts(tokens, positions, segments, pages, vision)
+        return _Filling(groups, prompts, self._programs.parts(prompts))
 
     def _admit_leaves(self) -> None:
         """Starts waiting leaves of admitted groups, oldest group first, while there are slots and pages."""
         for group in list(self._groups.values()):
-            while group.waiting and len(self._live) < self.options.max_slots:
+            while group.filled and group.waiting and len(self._live) < self.options.max_slots:
                 try:
                     self._start_leaf(group, *group.waiting[0])
                 except OutOfPages:
@@ -368,7 +434,8 @@ class Engine:
             pairs = np.zeros((2, count), np.int32)
             chunk = np.array(self._copies[begin : begin + count], np.int32).T
             pairs[:, : chunk.shape[1]] = chunk
-            self._kv_pages = self._programs.copy_pages(self._kv_pages, pairs[0], pairs[1])
+            with self._on_mesh():
+                self._kv_pages = self._programs.copy_pages(self._kv_pages, pairs[0], pairs[1])
         self._copies.clear()
 
     # Decoding.
@@ -384,7 +451,8 @@ class Engine:
         table = np.zeros((rows, width), np.int32)
         for r, leaf in enumerate(leaves):
             table[r, : len(leaf.pages)] = leaf.pages
-        self._kv_pages, _, drawn = self._programs.decode(self._params, self._kv_pages, table, self._rows(leaves, rows))
+        with self._on_mesh():
+            self._kv_pages, _, drawn = self._programs.decode(self._params, self._kv_pages, table, self._rows(leaves, rows))
         self._record(leaves, jax.device_get(drawn))
         self._live = [leaf for leaf in leaves if not leaf.done]
         self._totals["calls"] += 1
@@ -407,23 +475,67 @@ class Engine:
                         break
 
     def _preempt(self, group: _Group) -> None:
-        """Puts a group back to the head of the queue. It is drawn again from its seed: nothing is lost but time."""
+        """Puts a group back to the head of the queue, its pages into the host's memory.
+
+        To compute them again from its tokens would round differently: the same seed would give other trees.
+        """
+        self._flush_copies()
+        place = {page: i for i, page in enumerate(dict.fromkeys(p for pages in group.page_lists() for p in pages))}
+        if group.filled:
+            with self._on_mesh():
+                content = jax.device_get(self._programs.read_pages(self._kv_pages, self._padded(place)))
         self._drop(group)
+        if group.filled:
+            for pages in group.page_lists():
+                pages[:] = [place[page] for page in pages]
+            self._saved[group.number] = _Saved(group, content, len(place))
         self._queue.appendleft((group.number, group.request))
-        self.preempted.add(group.number)
         self._totals["preempted"] += 1
+
+    def _resume(self, saved: _Saved) -> bool:
+        """Gives a preempted group pages again, if there are enough for it to go on; returns whether there were."""
+        o, group = self.options, saved.group
+        leaves = [leaf for leaf in group.leaves if not leaf.done]
+        needed = saved.pages + (len(leaves) + bool(group.waiting)) * (-(-o.decode_steps // o.page_size) + 1)
+        needed = max(needed, self._pages_expected(group.request))
+        if self._groups and (
+            needed > self._pool.free - self._pages_claimed() or len(self._live) + len(leaves) > o.max_slots
+        ):
+            return False
+        pages = self._pool.allocate(saved.pages)
+        with self._on_mesh():
+            content = jax.device_put(saved.content, self._place)
+            self._kv_pages = self._programs.write_pages(self._kv_pages, self._padded(pages), content)
+        for places in group.page_lists():
+            places[:] = self._pool.share([pages[i] for i in places])
+        self._pool.release(pages)
+        self._queue.popleft()
+        del self._saved[group.number]
+        self._groups[group.number] = group
+        self._live += leaves
+        return True
+
+    def _padded(self, pages: Iterable[int]) -> np.ndarray:
+        """Returns pages, then trash up to a compiled size."""
+        some = np.fromiter(pages, np.int32)
+        return np.pad(some, (0, _bucket(len(some), self.options.num_pages) - len(some)))
 
     def _drop(self, group: _Group) -> None:
         self._flush_copies()  # a page must not be given away with a copy into it under way
         for leaf in group.leaves:
             self._pool.release(leaf.pages)
+        for filling in self._fillings:
+            for row in (row for row, other in enumerate(filling.groups) if other is group):
+                pages = filling.prompts.pages.copy()  # a part that is under way may read it
+                pages[row] = 0  # what is still to come goes to the trash
+                filling.prompts = filling.prompts._replace(pages=pages)
+        self._fillings = collections.deque(filling for filling in self._fillings if filling.prompts.pages.any())
         self._pool.release(group.prompt_pages)
         self._live = [leaf for leaf in self._live if leaf.group is not group]
         del self._groups[group.number]
 
     def _forget(self, number: int) -> None:
         self._begun.discard(number)
-        self.preempted.discard(number)
         self._swap()
 
     def _rows(self, leaves: list[_Leaf], count: int) -> Rows:
@@ -511,10 +623,16 @@ _COLUMNS = {
 }  # fmt: skip
 
 
+def _mesh(flat: Mapping[str, jax.Array]) -> Mesh | None:
+    """Returns the mesh over which parameters are split, if they are."""
+    mesh = getattr(next(iter(flat.values())).sharding, "mesh", None)
+    return mesh if mesh is not None and mesh.size > 1 else None
+
+
 def _arranged(flat: Mapping[str, jax.Array]) -> Mapping[str, Any]:
     """Returns parameters in the form that decodes fastest where they live."""
-    devices = {device for value in flat.values() for device in value.devices()}
-    return flat if len(devices) > 1 or devices.pop().platform == "tpu" else cut_layers(flat)
+    device = next(iter(next(iter(flat.values())).devices()))
+    return flat if device.platform == "tpu" else cut_layers(flat)
 
 
 def _bucket(value: int, largest: int, *, smallest: int = 16) -> int:

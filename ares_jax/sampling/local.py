@@ -1,10 +1,10 @@
-"""The sampler inside the learner's process: one engine a host, on that host's devices, behind the client's interface."""
+"""The sampler inside the learner's process: one engine a host, behind the client's interface."""
 
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
-from ares_jax.parallel.distributed import local_copy
+from ares_jax.parallel.distributed import local_parts
 from ares_jax.sampling.engine import Engine
 from ares_jax.sampling.trajectory import RolloutGroup, RolloutRequest
 
@@ -17,7 +17,10 @@ class LocalSampler:
 
     def push_weights(self, params: Mapping[str, jax.Array], version: int) -> None:
         """Takes a copy of the weights, wherever they lie; every process calls it together."""
-        self._engine.load_weights({name: local_copy(value) for name, value in params.items()}, version)
+        specs = self._engine.weight_specs()
+        self._engine.load_weights(
+            {name: local_parts(value, specs[name].sharding) for name, value in params.items()}, version
+        )
 
     def rollouts(
         self,

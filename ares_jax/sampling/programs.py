@@ -1,16 +1,39 @@
-"""The three jitted programs of the engine: prefill into pages, copy pages, decode several tokens."""
+"""The jitted programs of the engine: prefill into pages, some layers at a time, copy pages, decode several tokens."""
 
+import itertools
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-from ares_jax.models.params import with_params
+from ares_jax.models.params import to_flat, with_params
 from ares_jax.models.qwen2_5_vl import Qwen25VL, VisionInputs
+from ares_jax.models.qwen2_5_vl.paged import cache_spec
+from ares_jax.parallel.sharding import mesh_axes
 from kernels import WindowRing, sample_with_entropy, window_push
+
+
+class Prompts(NamedTuple):
+    """Prompts prefilled together, in pages of S = T / M tokens."""
+
+    tokens: Int[Array, "B T"]
+    positions: Int[Array, "B 3 T"]
+    segment_ids: Int[Array, "B T"]
+    pages: Int[Array, "B M"]  # where keys and values go; 0: not needed
+    vision: VisionInputs | None
+
+
+class Part(NamedTuple):
+    """Some layers of a prefill, from layer `first` on."""
+
+    tower: bool  # of the vision tower, else of the text decoder
+    first: int
+    layers: int
 
 
 class Rows(NamedTuple):
@@ -65,12 +88,9 @@ def cut_layers(params: Mapping[str, Array]) -> dict[str, Any]:
 
 
 def _whole(model: Qwen25VL, params: Mapping[str, Any]) -> tuple[Qwen25VL, list[dict[str, Array]] | None]:
-    """Returns the model with parameters that may be cut, and the layers if they are."""
-    if _LAYERS not in params:
-        return with_params(model, params), None
-    layers = params[_LAYERS]
-    stacked = {_LAYERS + name: jnp.stack([layer[name] for layer in layers]) for name in layers[0]}
-    return with_params(model, {name: value for name, value in params.items() if name != _LAYERS} | stacked), layers
+    """Returns the model with parameters that may be cut, and the layers if they are; then the model has none of them."""
+    others = {name: value for name, value in params.items() if name != _LAYERS}
+    return with_params(model, to_flat(model) | others), params.get(_LAYERS)
 
 
 class Programs:
@@ -78,37 +98,129 @@ class Programs:
 
     def __init__(
         self, model: Qwen25VL, *, eos_token_ids: tuple[int, ...], banned: Bool[Array, "V"], trigger: Bool[Array, "V"],
-        steps: int, page_size: int, kernel: str,
+        steps: int, kernel: str, prefill_layers: int,
     ):  # fmt: skip
-        self.prefill = jax.jit(partial(_prefill, model, page_size), donate_argnums=1)
+        c = model.config
+        self._text_parts = [Part(False, *part) for part in _divided(c.text.num_layers, prefill_layers)]
+        self._tower_parts = [Part(True, *part) for part in _divided(c.vision.num_layers, prefill_layers)]
+        self.see = jax.jit(partial(_see, model), static_argnames="count")
+        self.fill = jax.jit(partial(_fill, model), static_argnames=("begin", "count"), donate_argnames="kv_pages")
         self.copy_pages = jax.jit(_copy_pages, donate_argnums=0)
+        self.read_pages = jax.jit(_read_pages)
+        self.write_pages = jax.jit(_write_pages, donate_argnums=0)
         eos = jnp.array(eos_token_ids, jnp.int32)
         self.decode = jax.jit(partial(_decode, model, eos, banned, trigger, steps, kernel), donate_argnums=1)
 
+    def parts(self, prompts: Prompts) -> list[Part]:
+        """Returns the parts that fill the prompts' pages, in order."""
+        return [*(self._tower_parts if prompts.vision else ()), *self._text_parts]
+
+    def prefill(self, params: Any, kv_pages: Float[Array, "L N S 2K H"], prompts: Prompts) -> Float[Array, "L N S 2K H"]:
+        """Runs all parts. Returns the cache."""
+        x = None
+        for part in self.parts(prompts):
+            kv_pages, x = self.prefill_part(params, kv_pages, prompts, x, part)
+        return kv_pages
+
+    def prefill_part(
+        self,
+        params: Any,
+        kv_pages: Float[Array, "L N S 2K H"],
+        prompts: Prompts,
+        x: Float[Array, "B P W"] | None,
+        part: Part,
+    ) -> tuple[Float[Array, "L N S 2K H"], Float[Array, "B P W"]]:
+        """Runs a part on what the part before gave (the first: on None). Returns the cache and what the next one takes."""
+        vision, first = prompts.vision, np.int32(part.first)
+        if part.tower:
+            assert vision is not None
+            return kv_pages, self.see(params, x, vision, first, count=part.layers)
+        if _LAYERS in params:
+            params = {**params, _LAYERS: params[_LAYERS][part.first : part.first + part.layers]}
+        return self.fill(
+            params, kv_pages, x, prompts._replace(vision=None), first, begin=part.first == 0, count=part.layers
+        )  # fmt: skip
+
+
+def _divided(layers: int, most: int) -> list[tuple[int, int]]:
+    """Returns (first, count) of parts of about equal size, at most `most` layers each."""
+    parts = -(-layers // most)
+    starts = [layers * i // parts for i in range(parts + 1)]
+    return [(first, end - first) for first, end in itertools.pairwise(starts)]
+
 
 @jax.named_scope("prefill")
-def _prefill(
+def _see(
+    model: Qwen25VL, params: Any, x: Float[Array, "B P W"] | None, inputs: VisionInputs, first: Int[Array, ""], *, count: int
+) -> Float[Array, "B P W"]:
+    tower = _whole(model, params)[0].visual
+    return tower.some(tower.begin(inputs) if x is None else x, inputs, first, count)
+
+
+@jax.named_scope("prefill")
+def _fill(
     model: Qwen25VL,
-    page_size: int,
     params: Any,
     kv_pages: Float[Array, "L N S 2K H"],
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B 3 T"],
-    segment_ids: Int[Array, "B T"],
-    vision: VisionInputs | None,
-    pages: Int[Array, "B M"],
-) -> Float[Array, "L N S 2K H"]:
-    """Computes the prompts' keys and values and stores them in `pages` (0: not needed)."""
-    _, kv = _whole(model, params)[0].prefill(tokens, positions, segment_ids, vision)
-    layers, rows, length = kv.shape[:3]
-    paged = kv.reshape(layers, rows * (length // page_size), page_size, *kv.shape[3:])
-    return kv_pages.at[:, pages.reshape(-1)].set(paged.astype(kv_pages.dtype))
+    x: Float[Array, "B P W"] | None,
+    prompts: Prompts,
+    first: Int[Array, ""],
+    *,
+    begin: bool,
+    count: int,
+) -> tuple[Float[Array, "L N S 2K H"], Float[Array, "B T D"]]:
+    """`begin`: x is what the vision tower gave, or None for text alone."""
+    model, layers = _whole(model, params)
+    if begin:
+        x = model.embed(prompts.tokens, None if x is None else model.visual.merge(x))
+    x, kv_pages = model.text.prefill(
+        x, prompts.positions, prompts.segment_ids, kv_pages, prompts.pages, first, count, layers
+    )  # fmt: skip
+    return _placed(kv_pages), x
 
 
 def _copy_pages(
     kv_pages: Float[Array, "L N S 2K H"], source: Int[Array, "C"], target: Int[Array, "C"]
 ) -> Float[Array, "L N S 2K H"]:
-    return kv_pages.at[:, target].set(kv_pages[:, source])
+    return _placed(kv_pages.at[:, target].set(kv_pages[:, source]))
+
+
+def _read_pages(kv_pages: Float[Array, "L N S 2K H"], pages: Int[Array, "C"]) -> Float[Array, "L C S 2K H"]:
+    return kv_pages[:, pages]
+
+
+def _write_pages(
+    kv_pages: Float[Array, "L N S 2K H"], pages: Int[Array, "C"], content: Float[Array, "L C S 2K H"]
+) -> Float[Array, "L N S 2K H"]:
+    return _placed(kv_pages.at[:, pages].set(content))
+
+
+def _placed(kv_pages: Float[Array, "L N S 2K H"]) -> Float[Array, "L N S 2K H"]:
+    """Keeps the cache split over the mesh in use as it was given, so that it is updated in place."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return kv_pages
+    return jax.lax.with_sharding_constraint(kv_pages, cache_spec(kv_pages.shape[3] // 2))
+
+
+def _sample(
+    hidden: Float[Array, "B D"], head: Float[Array, "V D"], rows: Rows, banned: Bool[Array, "V"], kernel: str
+) -> tuple[Int[Array, "B"], Float[Array, "B"], Float[Array, "B"]]:
+    """Returns the next token of every row, its log-probability and the entropy. On a mesh each device looks at its own
+    part of the vocabulary, and a few numbers a row cross."""
+
+    def local(hidden, head, rows, banned, *, axis=None):
+        keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(rows.key), rows.place)
+        return sample_with_entropy(
+            hidden, head, keys, temperature=rows.temperature, top_k=rows.top_k, top_p=rows.top_p, banned=banned,
+            implementation=kernel, axis_name=axis,
+        )  # fmt: skip
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return local(hidden, head, rows, banned)
+    axis = next(iter(mesh_axes("vocab", len(head))), None)
+    specs = PartitionSpec(), PartitionSpec(axis), PartitionSpec(), PartitionSpec(axis)
+    split = jax.shard_map(partial(local, axis=axis), in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
+    return split(hidden, head, rows, banned)
 
 
 @jax.named_scope("decode")
@@ -132,17 +244,7 @@ def _decode(
     def step(carry):
         k, pages, r, out = carry
         hidden, pages = model.decode(r.token, r.length + r.rope_delta, pages, page_table, r.length, layers)
-        keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(r.key), r.place)
-        token, log_prob, entropy = sample_with_entropy(
-            hidden,
-            head,
-            keys,
-            temperature=r.temperature,
-            top_k=r.top_k,
-            top_p=r.top_p,
-            banned=banned,
-            implementation=kernel,
-        )
+        token, log_prob, entropy = _sample(hidden, head, r, banned, kernel)
         ring, mean, complete = window_push(WindowRing(r.ring, r.place), entropy, r.alive)
         tokens = jnp.where(r.alive[:, None], jnp.concatenate([r.ring_tokens[:, 1:], token[:, None]], axis=1), r.ring_tokens)
         hit = complete & (mean >= r.tau_high) & trigger[tokens[:, 0]]
@@ -164,4 +266,4 @@ def _decode(
 
     out = Drawn(buffer(jnp.int32), buffer(jnp.float32), buffer(jnp.float32), buffer(jnp.float32), buffer(bool), buffer(bool))
     _, kv_pages, rows, out = jax.lax.while_loop(going, step, (jnp.int32(0), kv_pages, rows, out))
-    return kv_pages, rows, out
+    return _placed(kv_pages), rows, out

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -19,8 +19,6 @@ class EngineLike(Protocol):
 
     policy_version: int
 
-    @property
-    def preempted(self) -> Collection[int]: ...
     @property
     def busy(self) -> bool: ...
     @property
@@ -42,10 +40,8 @@ class _Watch:
     """A request whose tokens are told as they are drawn."""
 
     on_drawn: OnDrawn
-    version: int = -1  # of the weights when its first token was told
     seen: dict[int, int] = field(default_factory=dict)  # tokens told, by leaf
     over: set[int] = field(default_factory=set)  # leaves whose end was told
-    ended: set[int] = field(default_factory=set)  # by `end_leaf`; a preempted request forgets, so they are ended again
 
     def tell(self, pieces: list[Piece]) -> None:
         """Passes on what is new; the end of a leaf is, even without a token."""
@@ -120,7 +116,6 @@ class Worker:
         def end():
             number = self._numbers.get(future)
             if number is not None and number in self._watches:
-                self._watches[number].ended.add(index)
                 self._engine.end_leaf(number, index)
 
         self._commands.put(end)
@@ -175,16 +170,8 @@ class Worker:
                 self._fail(self.failure)
 
     def _step(self) -> None:
-        for number in [number for number, watch in self._watches.items() if self._is_torn(number, watch)]:
-            self._engine.cancel(number)
-            future = self._waiting.pop(number)
-            del self._watches[number], self._numbers[future]
-            future.set_exception(RuntimeError("the weights changed and its tokens were to be drawn again; ask again"))
         finished = self._engine.step()
         for number, watch in self._watches.items():
-            watch.version = watch.version if watch.seen else self._engine.policy_version
-            for index in watch.ended:
-                self._engine.end_leaf(number, index)
             watch.tell(self._engine.drawn(number, watch.seen))
         for number, group in finished:
             if ended := self._watches.pop(number, None):
@@ -192,10 +179,6 @@ class Worker:
             future = self._waiting.pop(number)
             self._numbers.pop(future, None)
             future.set_result(group)
-
-    def _is_torn(self, number: int, watch: _Watch) -> bool:
-        """Whether tokens were told that other weights, drawing a preempted request again, would contradict."""
-        return bool(watch.seen) and number in self._engine.preempted and self._engine.policy_version != watch.version
 
     def _tell_loaded(self) -> None:
         if self._loading and not self._engine.weights_wait:

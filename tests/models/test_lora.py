@@ -49,7 +49,9 @@ def outputs(model):
     text, (tokens, positions, ones) = model.config.text, INPUTS
     pages = jnp.ones((text.num_layers, 3, 4, 2 * text.num_kv_heads, text.head_dim))
     decoded = model.decode(tokens[:, 0], np.array([2, 3]), pages, np.array([[1], [2]]), np.array([2, 3]))
-    return model(tokens, positions, ones), model.prefill(tokens, positions, ones), decoded
+    empty, table = jnp.zeros((text.num_layers, 4, 4, *pages.shape[3:])), np.arange(4).reshape(2, 2)
+    filled = model.text.prefill(model.embed(tokens, None), positions, ones, empty, table, 0, text.num_layers)
+    return model(tokens, positions, ones), filled, decoded
 
 
 def run(model, params):

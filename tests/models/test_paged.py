@@ -86,6 +86,6 @@ def test_a_decode_step_on_a_tpu_copies_nothing_of_the_cache(size):
     config, shape = qwen2_5_vl.aepo(size), PUBLISHED[size]
     config.model.param_dtype = "bfloat16"
     shape = dataclasses.replace(shape, text=dataclasses.replace(shape.text, num_layers=2))  # they are scanned
-    program = aot.sampler_programs(config, shape, aot.topology_devices("v5p:2x2x1")[0], ("decode",))["decode"]
+    program = aot.sampler_programs(config, shape, aot.topology_devices("v5p:2x2x1"), ("decode",))["decode"]
     assert not program.refused and "ragged_paged_attention" in program.text
     assert program.temporary < program.resident["KV pages"] / 6  # a third of a layer; a gather would copy it all

@@ -47,7 +47,7 @@ def memory(remat, mesh):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
 
     def loss(params, x, positions, ids):
-        return with_params(model, params).text(x, positions, ids, keep_kv=False)[0].astype(jnp.float32).sum()
+        return with_params(model, params).text(x, positions, ids).astype(jnp.float32).sum()
 
     params = {name: array(*x.shape, dtype=x.dtype) for name, x in to_flat(model).items()}
     inputs = array(*INPUTS, dtype=jnp.bfloat16), array(8, 3, 256), array(8, 256)

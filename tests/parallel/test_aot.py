@@ -111,7 +111,7 @@ def test_decoding_does_not_copy_the_cache(devices):
     config, shape = planned("3b"), PUBLISHED["3b"]
     shape = dataclasses.replace(shape, text=dataclasses.replace(shape.text, num_layers=2))
     config.sampler.update(pages=16_384)
-    program = aot.sampler_programs(config, shape, devices[0], ("decode",))["decode"]
+    program = aot.sampler_programs(config, shape, devices, ("decode",))["decode"]
     cache, weights = program.resident["KV pages"], program.resident["parameters"]
     assert not program.refused and program.temporary < cache / 2 + weights / 2  # the weights in bfloat16
     # One copy of a layer and step would be 2 x 2 caches more.
@@ -122,7 +122,7 @@ def test_a_program_that_is_too_large_says_so(devices):
     config, shape = planned("7b"), PUBLISHED["7b"]
     shape = dataclasses.replace(shape, text=dataclasses.replace(shape.text, num_layers=2))
     config.sampler.update(pages=2**19, page_size=64)
-    programs = aot.sampler_programs(config, shape, devices[0], ("decode",))
+    programs = aot.sampler_programs(config, shape, devices, ("decode",))
     assert "exceeds available HBM" in programs["decode"].refused and "too large" in table(programs, {}, TPUS["v5p"])
 
 

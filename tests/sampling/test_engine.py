@@ -1,6 +1,7 @@
 """The engine against whole forward passes, and its promises about trees."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -86,6 +87,8 @@ def test_preempted_groups_come_out_the_same(groups):
     tight = digits.engine(pages=64)
     result = tight.generate([request(p, seed=i, temperature=1.1) for i, p in enumerate(prompts)])
     assert tight.stats()["preempted"] > 0
+    own = sum(len(leaf.token_ids) - leaf.branch_position for group in result for leaf in group.leaves)
+    assert tight.stats()["decoded"] == own  # nothing is drawn twice
     for group, other in zip(result, together, strict=True):
         for a, b in zip(group.leaves, other.leaves, strict=True):
             np.testing.assert_array_equal(a.token_ids, b.token_ids)
@@ -102,13 +105,14 @@ def test_prompts_are_padded_to_the_smallest_shape_and_their_trees_stay_the_same(
     asked.append(dataclasses.replace(asked[0], token_ids=np.arange(20, 33), positions=places, rope_delta=0, **nothing))
 
     def drawn(engine, *batches):
-        fill, shapes = engine._programs.prefill, []
+        fill, shapes = engine._programs.prefill_part, []
 
-        def spied(params, cache, tokens, positions, segments, vision, pages):
-            shapes.append((*tokens.shape, vision and vision.patches.shape[1]))
-            return fill(params, cache, tokens, positions, segments, vision, pages)
+        def spied(params, cache, prompts, x, part):
+            if x is None:
+                shapes.append((*prompts.tokens.shape, prompts.vision and prompts.vision.patches.shape[1]))
+            return fill(params, cache, prompts, x, part)
 
-        engine._programs.prefill = spied
+        engine._programs.prefill_part = spied
         trees = [tree for batch in batches for tree in engine.generate(batch)]
         return trees, shapes
 
@@ -126,6 +130,33 @@ def test_prompts_are_padded_to_the_smallest_shape_and_their_trees_stay_the_same(
         for a, b in zip(tree.leaves, other.leaves, strict=True):
             np.testing.assert_array_equal(a.token_ids, b.token_ids)
             np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-5)
+
+
+def test_a_prompt_prefilled_layer_by_layer_while_others_decode_gives_the_same_bits():
+    first, second = (request(p, seed=i) for i, p in enumerate(digits.prompts(2)))
+    alone = digits.engine(prefill_layers=1).generate([second])[0]
+    engine, order = digits.engine(prefill_layers=1), []
+
+    def spied(name, program, *arguments):
+        order.append(name)
+        return program(*arguments)
+
+    for name in ("prefill_part", "decode"):
+        setattr(engine._programs, name, functools.partial(spied, name, getattr(engine._programs, name)))
+    engine.submit(first)
+    engine.step()
+    assert order == ["prefill_part"] * 4 + ["decode"]  # nobody waits: two layers of the vision tower, two of the decoder
+    number = engine.submit(second)
+    finished = {}
+    while engine.busy:
+        finished.update(engine.step())
+    assert order[5:12] == ["prefill_part", "decode"] * 3 + ["prefill_part"]
+    whole = digits.engine().generate([second])[0]
+    for a, b, c in zip(finished[number].leaves, alone.leaves, whole.leaves, strict=True):
+        np.testing.assert_array_equal(a.token_ids, b.token_ids)
+        np.testing.assert_array_equal(a.log_probs, b.log_probs)
+        np.testing.assert_array_equal(a.token_ids, c.token_ids)
+        np.testing.assert_allclose(a.log_probs, c.log_probs, atol=1e-5)
 
 
 def test_greedy_is_the_argmax_of_the_whole_forward():

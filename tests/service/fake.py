@@ -46,7 +46,7 @@ class FakeEngine:
 
     def __init__(self, *, delay: float = 0.0, slots: int = 10_000):
         self.policy_version, self.delay, self.slots = 0, delay, slots
-        self.preempted, self.weights_wait, self.finish = set(), False, False
+        self.weights_wait, self.finish = False, False
         self.weights = {"w": np.zeros((3, 2), np.float32)}
         self.work: dict[int, RolloutRequest] = {}
         self.submitted: list[int] = []

@@ -187,20 +187,3 @@ def test_the_worker_says_when_they_are_in_use():
     assert loaded.result(20) == 3 and worker.policy_version == 3
     assert {frozenset(v) for v in versions(group.result(20) for group in groups)} <= {frozenset({0}), frozenset({3})}
     worker.stop()
-
-
-def test_a_stream_is_never_mended_with_other_weights():
-    """Tokens told, preempted, to be drawn again by other weights: the request fails, and the others do not."""
-    engine = fake.FakeEngine(slots=0, delay=0.01)
-    told = []
-    engine.drawn = lambda number, seen: [fake.piece()] if not seen and number == 0 else []
-    worker = Worker(engine)
-    torn, other = worker.rollout(fake.request(1), told.append), worker.rollout(fake.request(2), told.append)
-    assert fake.until(lambda: told)
-    engine.preempted.add(0)
-    worker.load_weights(stored(), 1).result(5)
-    with pytest.raises(RuntimeError, match="the weights changed.*ask again"):
-        torn.result(5)
-    engine.slots = 10
-    assert other.result(5) and engine.cancelled == [0] and worker.failure is None
-    worker.stop()

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ares_jax.errors import UserError
 
@@ -109,3 +109,16 @@ def scan_layers(layer: Callable[[Any, Any], tuple[Any, Any]], carry: Any, stacke
         return layer(jax.tree.map(lambda x: checkpoint_name(x, "layer_input"), carry), slice)
 
     return jax.lax.scan(jax.checkpoint(named, policy=REMAT[remat], prevent_cse=False), carry, stacked)
+
+
+def run_layers(layer: Callable[[Any, Any], Any], carry: Any, stacked: Any, first: int | Int[Array, ""], count: int) -> Any:
+    """Returns what `carry = layer(carry, slice)` makes of `carry` in `count` slices of `stacked` from `first` on.
+
+    The slices are picked one by one: nothing of the stack is copied.
+    """
+
+    def step(carry, index):
+        slice = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stacked)
+        return layer(carry, slice), None
+
+    return jax.lax.scan(step, carry, first + jnp.arange(count))[0]

@@ -56,19 +56,8 @@ class Qwen25VL(nnx.Module):
 
         `leaf_spans`: the segments are trees; the numbers of the first and the last leaf below each token.
         """
-        return self.text(self._embed(tokens, vision), positions, segment_ids, leaf_spans, keep_kv=False)[0]
-
-    def prefill(
-        self,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B 3 T"],
-        segment_ids: Int[Array, "B T"],
-        vision: VisionInputs | None = None,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "L B T 2K H"]]:
-        """As `__call__`, and returns every layer's keys (2k) and values (2k + 1) besides."""
-        hidden, kv = self.text(self._embed(tokens, vision), positions, segment_ids, keep_kv=True)
-        assert kv is not None
-        return hidden, kv
+        features = None if vision is None else self.visual(vision)
+        return self.text(self.embed(tokens, features), positions, segment_ids, leaf_spans)
 
     def decode(
         self,
@@ -85,11 +74,12 @@ class Qwen25VL(nnx.Module):
         """
         return self.text.decode(self.text.embed(tokens), positions, kv_pages, page_table, lengths, layers)
 
-    def _embed(self, tokens: Int[Array, "B T"], vision: VisionInputs | None) -> Float[Array, "B T D"]:
+    def embed(self, tokens: Int[Array, "B T"], features: Float[Array, "B F D"] | None) -> Float[Array, "B T D"]:
+        """Returns what the text decoder begins with: tokens, and image features in the place of image tokens."""
         x = self.text.embed(tokens)
-        if vision is None:
+        if features is None:
             return x
-        features = self.visual(vision).astype(x.dtype)
+        features = features.astype(x.dtype)
         c = self.config
         is_visual = (tokens == c.image_token_id) | (tokens == c.video_token_id)
         # The n-th visual token of a row takes the n-th feature of the row.

@@ -1,14 +1,16 @@
 """One query token a row over a paged cache: JAX's ragged kernel on TPUs, a gather elsewhere. Softmax in float32.
 
-The cache is [layers, pages, slots of a page, 2 x key/value heads, head size]: key of head k at 2k, value at 2k + 1.
+The cache is [layers, pages, slots of a page, 2 x key/value heads, head size]: key of head k at 2k, value at 2k + 1. On a
+mesh it is split by heads: each device attends with its own query heads, and nothing of the cache crosses devices.
 """
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from ares_jax.parallel.sharding import platform
+from ares_jax.parallel.sharding import mesh_axes, platform
 
 TABLE_BYTES = 2**19  # of a page table given to one call of the kernel: it lies in scalar memory, 1 MiB
 BLOCK_TOKENS = 512  # fetched at once, twice: a fetch overshoots a row's end by half of this on average
@@ -25,6 +27,53 @@ def paged_implementation(platform: str, dtype: jnp.dtype, kv_heads: int, head_si
     tiled = 2 * kv_heads % packed == 0 and (words in (1, 2, 4) or words % 8 == 0)
     fits = dtype in (jnp.float32, jnp.bfloat16) and head_size % 128 == 0 and tiled
     return "ragged" if platform == "tpu" and fits else "gather"
+
+
+def cached_heads(heads: int, kv_heads: int, parts: int) -> int:
+    """Returns the key/value heads that the cache of `parts` devices holds.
+
+    With more devices than key/value heads each device has a copy of the one that its query heads read. Where the query
+    heads cannot be split (7B has 28) the cache holds what it would on one device, and every device has all of it.
+    """
+    return parts if parts % kv_heads == 0 and heads % parts == 0 else kv_heads
+
+
+def cache_spec(kv_heads: int) -> PartitionSpec:
+    """Returns how the mesh in use splits a cache with so many (`cached_heads`) key/value heads."""
+    return PartitionSpec(None, None, None, tuple(mesh_axes("kv_heads", kv_heads)) or None)
+
+
+def copied_heads(kv: Float[Array, "... 2K H"], cache_heads: int) -> Float[Array, "... 2C H"]:
+    """Returns keys and values with each head as often as the cache holds it."""
+    copies = 2 * cache_heads // kv.shape[-2]
+    if copies == 1:
+        return kv
+    pairs = kv.reshape(*kv.shape[:-2], -1, 2, kv.shape[-1])
+    return jnp.repeat(pairs, copies, axis=-3).reshape(*kv.shape[:-2], -1, kv.shape[-1])
+
+
+def append_and_attend(
+    query: Float[Array, "B N H"],
+    kv: Float[Array, "B 2K H"],
+    kv_pages: Float[Array, "L N S 2C H"],
+    layer: Int[Array, ""],
+    page_table: Int[Array, "B M"],
+    lengths: Int[Array, "B"],
+) -> tuple[Float[Array, "B N H"], Float[Array, "L N S 2C H"]]:
+    """Stores one token a row behind its `lengths` tokens and attends to all of them. Returns that and the cache."""
+    kv = copied_heads(kv, kv_pages.shape[3] // 2)
+
+    def local(query, kv, kv_pages, layer, page_table, lengths):
+        kv_pages = write_page_slot(kv_pages, layer, kv, page_table, lengths)
+        return paged_attention(query, kv_pages, layer, page_table, lengths + 1), kv_pages
+
+    arguments = (query, kv, kv_pages, jnp.asarray(layer), page_table, lengths)
+    if jax.sharding.get_abstract_mesh().empty:
+        return local(*arguments)
+    cache = cache_spec(kv_pages.shape[3] // 2)
+    rows, whole = PartitionSpec(None, cache[3]), PartitionSpec()
+    specs = (rows, rows, cache, whole, whole, whole)
+    return jax.shard_map(local, in_specs=specs, out_specs=(rows, cache), check_vma=False)(*arguments)
 
 
 def write_page_slot(

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Int
 from ares_jax.models.lora import PROJECTIONS, Lora, factors
 from ares_jax.models.qwen2_5_vl.attention import self_attention
 from ares_jax.models.qwen2_5_vl.config import TextConfig
-from ares_jax.models.qwen2_5_vl.layers import Initializer, linear, matmul, rms_norm, scan_layers
-from ares_jax.models.qwen2_5_vl.paged import paged_attention, write_page_slot
+from ares_jax.models.qwen2_5_vl.layers import Initializer, linear, matmul, rms_norm, run_layers, scan_layers
+from ares_jax.models.qwen2_5_vl.paged import append_and_attend, copied_heads
 from ares_jax.models.qwen2_5_vl.rotary import mrope_angles, rotate
 from ares_jax.parallel.sharding import constrain
 
@@ -62,23 +62,57 @@ class TextDecoder(nnx.Module):
         positions: Int[Array, "B 3 T"],
         segment_ids: Int[Array, "B T"],
         leaf_spans: Int[Array, "B 2 T"] | None = None,
-        *,
-        keep_kv: bool,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "L B T 2K H"] | None]:
-        """Returns the normalised hidden states, and with `keep_kv` the keys and values, interleaved by head."""
-        rows, length, _ = x.shape
+    ) -> Float[Array, "B T D"]:
+        """Returns the normalised hidden states."""
         angles = self._angles(positions)
 
         def layer(x, p):
-            p = self._cast(p)
-            query, key, value = self._project(x, p, angles)
-            mixed = self_attention(query, key, value, segment_ids, leaf_spans, causal=True)
-            mixed = self._linear(mixed.reshape(rows, length, -1), p, "out")
-            x = constrain(self._mlp(x + mixed, p), *_ACTIVATION)
-            return x, _interleave(key, value) if keep_kv else None
+            return self._layer(x, p, angles, segment_ids, leaf_spans)[0], None
 
-        x, kv = scan_layers(layer, x, self._stacked(), remat=self.remat)
-        return rms_norm(x, self.norm[...], self.config.rms_norm_eps), kv
+        x, _ = scan_layers(layer, x, self._stacked(), remat=self.remat)
+        return rms_norm(x, self.norm[...], self.config.rms_norm_eps)
+
+    @jax.named_scope("text")
+    def prefill(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B 3 T"],
+        segment_ids: Int[Array, "B T"],
+        kv_pages: Float[Array, "L N S 2C H"],
+        pages: Int[Array, "B M"],
+        first: Int[Array, ""],
+        count: int,
+        layers: Sequence[dict[str, jax.Array]] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "L N S 2C H"]]:
+        """Runs `count` layers from layer `first` on, and writes their keys and values into `pages` (0: not needed).
+
+        `layers`: those `count` layers, cut as for `decode`.
+        """
+        angles = self._angles(positions)
+
+        def layer(carry, stacked):
+            x, kv_pages = carry
+            p, index = stacked
+            x, kv = self._layer(x, p, angles, segment_ids)
+            kv = copied_heads(kv, kv_pages.shape[3] // 2)
+            paged = kv.reshape(-1, *kv_pages.shape[2:]).astype(kv_pages.dtype)
+            return x, kv_pages.at[index, pages.reshape(-1)].set(paged)
+
+        if layers is None:
+            stacked = self._stacked(), jnp.arange(self.config.num_layers)
+            return run_layers(layer, (x, kv_pages), stacked, first, count)
+        own = jax.tree.map(lambda *slices: jnp.stack(slices), *layers)
+        return run_layers(layer, (x, kv_pages), (own, first + jnp.arange(count)), 0, count)
+
+    def _layer(
+        self, x: Float[Array, "B T D"], p: dict[str, jax.Array], angles, segment_ids, leaf_spans=None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T 2K H"]]:
+        """Returns a layer's output, and its keys and values, interleaved by head."""
+        p = self._cast(p)
+        query, key, value = self._project(x, p, angles)
+        mixed = self_attention(query, key, value, segment_ids, leaf_spans, causal=True)
+        mixed = self._linear(mixed.reshape(*x.shape[:2], -1), p, "out")
+        return constrain(self._mlp(x + mixed, p), *_ACTIVATION), _interleave(key, value)
 
     def decode(
         self,
@@ -103,8 +137,7 @@ class TextDecoder(nnx.Module):
             p, index = stacked
             p = self._cast(p)
             query, key, value = self._project(x[:, None], p, angles)
-            pages = write_page_slot(pages, index, _interleave(key, value)[:, 0], page_table, lengths)
-            mixed = paged_attention(query[:, 0], pages, index, page_table, lengths + 1)
+            mixed, pages = append_and_attend(query[:, 0], _interleave(key, value)[:, 0], pages, index, page_table, lengths)
             return (self._mlp(x + self._linear(mixed.reshape(rows, -1), p, "out"), p), pages), None
 
         if layers is None:

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from ares_jax.models.qwen2_5_vl.attention import self_attention
 from ares_jax.models.qwen2_5_vl.config import VisionConfig
-from ares_jax.models.qwen2_5_vl.layers import Initializer, linear, rms_norm, scan_layers
+from ares_jax.models.qwen2_5_vl.layers import Initializer, linear, rms_norm, run_layers, scan_layers
 from ares_jax.models.qwen2_5_vl.rotary import rotate, vision_angles
 from ares_jax.parallel.sharding import constrain
 
@@ -56,11 +56,30 @@ class VisionTower(nnx.Module):
     @jax.named_scope("vision")
     def __call__(self, inputs: VisionInputs) -> Float[Array, "B M D"]:
         """Returns the features of the merged tokens, M = P / 4, in the order of their patches; padding gives anything."""
+        layer = self._layer(inputs)
+        x, _ = scan_layers(lambda *state: (layer(*state), None), self.begin(inputs), self._stacked(), remat=self.remat)
+        return self.merge(x)
+
+    def begin(self, inputs: VisionInputs) -> Float[Array, "B P W"]:
+        """Returns what the first layer takes."""
+        return inputs.patches.astype(self.dtype) @ self.patch_embed[...].astype(self.dtype)
+
+    @jax.named_scope("vision")
+    def some(
+        self, x: Float[Array, "B P W"], inputs: VisionInputs, first: Int[Array, ""], count: int
+    ) -> Float[Array, "B P W"]:
+        """Runs `count` layers from layer `first` on."""
+        return run_layers(self._layer(inputs), x, self._stacked(), first, count)
+
+    def _stacked(self):
         c = self.config
-        x = inputs.patches.astype(self.dtype) @ self.patch_embed[...].astype(self.dtype)
-        rows, count, width = x.shape
-        angles = vision_angles(inputs.position_hw, head_dim=c.head_dim)
         full = jnp.array([layer in c.full_attention_layers for layer in range(c.num_layers)])
+        return {name: value[...] for name, value in self.layers.items()}, full
+
+    def _layer(self, inputs: VisionInputs):
+        c = self.config
+        rows, count = inputs.frame_ids.shape
+        angles = vision_angles(inputs.position_hw, head_dim=c.head_dim)
 
         def layer(x, stacked):
             p, full = stacked
@@ -70,14 +89,17 @@ class VisionTower(nnx.Module):
             query, key = rotate(qkv[:, :, 0], angles), rotate(qkv[:, :, 1], angles)
             groups = jnp.where(full, inputs.frame_ids, inputs.window_ids)
             mixed = self_attention(query, key, qkv[:, :, 2], groups, causal=False)
-            x = x + linear(mixed.reshape(rows, count, width), p["out_kernel"], p["out_bias"])
+            x = x + linear(mixed.reshape(x.shape), p["out_kernel"], p["out_bias"])
             h = rms_norm(x, p["norm2"], _EPS)
             h = jax.nn.silu(linear(h, p["gate_kernel"], p["gate_bias"])) * linear(h, p["up_kernel"], p["up_bias"])
-            return constrain(x + linear(h, p["down_kernel"], p["down_bias"]), *_ACTIVATION), None
+            return constrain(x + linear(h, p["down_kernel"], p["down_bias"]), *_ACTIVATION)
 
-        params = {name: value[...] for name, value in self.layers.items()}
-        x, _ = scan_layers(layer, x, (params, full), remat=self.remat)
-        x = rms_norm(x, self.merger_norm[...], _EPS).reshape(rows, count // c.spatial_merge_size**2, -1)
+        return layer
+
+    def merge(self, x: Float[Array, "B P W"]) -> Float[Array, "B M D"]:
+        """Returns the features that the last layer's output makes."""
+        merged = x.shape[1] // self.config.spatial_merge_size**2
+        x = rms_norm(x, self.merger_norm[...], _EPS).reshape(x.shape[0], merged, -1)
         inner, outer = (
             [value[...].astype(self.dtype) for value in pair]
             for pair in ((self.merger_in_kernel, self.merger_in_bias), (self.merger_out_kernel, self.merger_out_bias))
