@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from ares_jax import __version__
+from ares_jax.completion import SCRIPT, candidates
 
 COMMANDS = {
     "Train": {
@@ -28,6 +29,10 @@ def main() -> None:
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("--help", "-h", "help"):
         print(_help())
+    elif name == "--completion":
+        print(SCRIPT)
+    elif name == "--complete":
+        print("\n".join(candidates(arguments, [command for topic in COMMANDS.values() for command in topic])))
     elif name == "--version":
         print(f"ares-jax {__version__}")
     elif name in {command for topic in COMMANDS.values() for command in topic}:
@@ -44,7 +49,7 @@ def _help() -> str:
     lines = [f"ares-jax {__version__}", "usage: ares-jax <command> --flag=value ...; each takes --help"]
     for topic, commands in COMMANDS.items():
         lines += ["", f"{topic}:", *(f"  {name:20}{does}" for name, does in commands.items())]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", 'Tab completes commands, flags and fields in bash after: eval "$(ares-jax --completion)"'])
 
 
 if __name__ == "__main__":

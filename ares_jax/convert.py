@@ -23,6 +23,12 @@ from ares_jax.errors import UserError
 from ares_jax.metrics import stage
 from ares_jax.workspace import STAGES, Workspace, open_workspace
 
+TOPICS = {
+    "A folder": ("from", "to", "source", "target"),
+    "Or a run": ("config", "workdir", "stage", "step"),
+    "What becomes of it": ("verify", "max_shard_size", "push_to"),
+}
+
 _FROM = flags.DEFINE_enum("from", None, ["hf", "orbax"], "what --source is; without it, the run in --workdir is exported")
 _TO = flags.DEFINE_enum("to", None, ["hf", "orbax"], "what --target becomes")
 _SOURCE = flags.DEFINE_string("source", None, "folder to convert")

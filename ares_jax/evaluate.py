@@ -26,6 +26,20 @@ from ares_jax.errors import UserError
 from ares_jax.evaluation.arguments import plain_arguments
 from ares_jax.evaluation.asking import Asked
 
+TOPICS = {
+    "A model on benchmarks": (
+        "model_name", "openai_base_url", "openai_api_key", "checkpoint", "datasets", "limit", "dataset_dir", "output_dir",
+        "cache_dir",
+    ),
+    "What it is asked": ("system_prompt", "min_pixels", "max_pixels"),
+    "How answers are drawn": ("max_tokens", "temperature", "top_p"),
+    "How patiently": ("eval_threads", "max_retries", "patience"),
+    "A judge": ("judge_model", "judge_base_url", "judge_api_key"),
+    "Two evaluations side by side": ("compare",),
+    "Every stage of a run": ("config", "workdir"),
+    "Several processes": ("coordinator_address", "num_processes", "process_id"),
+}  # fmt: skip
+
 _SYSTEM_PROMPT = (  # the original's
     "You FIRST think about the reasoning process as an internal monologue and then provide the final answer. The reasoning "
     "process MUST BE enclosed within <think> </think> tags. The final answer MUST BE put in \\boxed{}."

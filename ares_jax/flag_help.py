@@ -1,6 +1,5 @@
 """`--help` of a command: what it does, and its flags by topic."""
 
-import sys
 import textwrap
 from types import ModuleType
 
@@ -10,17 +9,10 @@ _COLUMN, _WIDTH = 26, 110
 
 
 def flag_help(command: ModuleType) -> str:
-    """Returns the help of a command's module: its docstring, then its flags.
-
-    A module may group them: `TOPICS` maps each topic to the names of its flags.
-    """
-    own = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])]
-    shared = [flag.name for flag in flags.FLAGS.get_flags_for_module("ares_jax.cli")]
-    plain = {"The run (every field: ares_jax/config.py)": shared, "This command": own}
+    """Returns the help of a command's module: its docstring, then its flags by topic, as its `TOPICS` groups their names."""
     lines = [(command.__doc__ or "").strip()]
-    for topic, names in getattr(command, "TOPICS", plain).items():
-        if names:
-            lines += ["", f"{topic}:", *(_line(flags.FLAGS[name]) for name in names)]
+    for topic, names in command.TOPICS.items():
+        lines += ["", f"{topic}:", *(_line(flags.FLAGS[name]) for name in names)]
     return "\n".join(lines)
 
 

@@ -25,6 +25,12 @@ from ares_jax.parallel.aot import Compiled
 from ares_jax.parallel.chips import TPUS, Chip
 from ares_jax.parallel.estimate import Estimate, estimate
 
+TOPICS = {
+    "The run (every field: ares_jax/config.py)": ("config", "workdir"),
+    "The slice": ("topology",),
+    "Looking for a better mesh": ("search", "compile"),
+}
+
 _TOPOLOGY = flags.DEFINE_string(
     "topology", "v5p:2x2x2", "TPU slice, kind:shape in chips; v5p:2x2x2 is a v5p-16. Several, with commas, are compared"
 )

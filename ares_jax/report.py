@@ -14,6 +14,8 @@ from ares_jax.errors import UserError
 from ares_jax.reporting import build_report, console_table
 from ares_jax.reporting.load import last_change
 
+TOPICS = {"The run": ("workdir",), "The page": ("follow",)}
+
 _FOLLOW = flags.DEFINE_integer(
     "follow", 0, "seconds between two looks at a run in progress: the page is written anew whenever the run has, and an "
     "open one loads itself again; ends with Ctrl-C", lower_bound=0,

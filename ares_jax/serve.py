@@ -13,6 +13,11 @@ from ares_jax.service.process import die_with
 from ares_jax.service.server import run_server
 from ares_jax.workspace import Workspace, open_workspace, sampler_mesh
 
+TOPICS = {
+    "The run (every field: ares_jax/config.py)": ("config", "workdir"),
+    "Where others start it": ("ready_file", "parent"),
+}
+
 _READY_FILE = flags.DEFINE_string("ready_file", None, "written with the address once the service answers")
 _PARENT = flags.DEFINE_integer("parent", 0, "process that started this one; the service ends with it")
 

@@ -10,6 +10,12 @@ from ares_jax.lifecycle.startup import STARTUP
 from ares_jax.metrics import stage
 from ares_jax.workspace import open_workspace
 
+TOPICS = {
+    "The run (every field: ares_jax/config.py)": ("config", "workdir"),
+    "A trace of it": ("profile_steps",),
+    "Several processes": ("coordinator_address", "num_processes", "process_id"),
+}
+
 
 def main(config: ConfigDict, workdir: Path) -> None:
     workspace = open_workspace(config, workdir)

@@ -13,6 +13,16 @@ from data_pipeline import digits, tokenizer
 from data_pipeline.prompts import PromptEncoder
 
 VOCABULARY = 448
+# Of configs/digits_cpu.py: a run of all commands in a minute. Whoever makes one shares its compiled programs.
+TINY_RUN = {
+    "model.text.hidden_size": 64, "model.text.intermediate_size": 96, "model.text.num_layers": 2,
+    "model.text.mrope_section": (2, 3, 3), "data.validation": ("digits://validation?size=6",),
+    "data.test": ("digits://test?size=6",), "sampler.slots": 32, "sampler.pages": 500, "sampler.max_response_tokens": 32,
+    "packing.rows": 4, "cold_start.alignment_steps": 2, "cold_start.warmup_steps": 2, "cold_start.pass_rate_problems": 8,
+    "cold_start.pass_rate_samples": 2, "cold_start.selected": 8, "cold_start.epochs": 1, "cold_start.batch_size": 4,
+    "aepo.steps": 3, "aepo.prompts_per_step": 2, "aepo.save_every": 1, "aepo.filter.low": -9.0, "aepo.filter.high": 9.0,
+    "aepo.log_rollouts_every": 1,
+}  # fmt: skip
 
 
 @functools.cache

@@ -1,6 +1,8 @@
 """How the project is installed: from its clone, without ever putting a package `kernels` into site-packages."""
 
 import importlib.util
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import pytest
 
 from ares_jax import __version__
 from ares_jax.__main__ import COMMANDS
+from ares_jax.completion import flags_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,6 +85,51 @@ def test_help_is_grouped(arguments, texts):
     line = [sys.executable, "-m", "ares_jax", *arguments]
     result = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0 and all(text in result.stdout for text in texts), result.stderr
+
+
+def defined(path):
+    """Names of the flags that a module defines."""
+    return set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', (ROOT / "ares_jax" / path).read_text()))
+
+
+@pytest.mark.parametrize("command", listed())
+def test_every_flag_has_a_topic_and_every_topic_flags(command):
+    path = command.replace(".", "/") + ("/__main__.py" if command == "cold_start" else ".py")
+    shared = defined("cli.py") | defined("parallel/distributed.py") | defined("lifecycle/profiling.py")
+    named = set(flags_of(command))
+    assert len(named) == len(flags_of(command)) and defined(path) <= named
+    assert command == "infer" or named <= defined(path) | shared  # of infer, tests/test_infer.py
+
+
+@pytest.mark.parametrize(
+    "typed, completed",
+    [
+        ("", [f"{name} " for name in listed()] + ["--help ", "--version "]),
+        ("re", ["report "]),
+        ("cold_start.", ["cold_start.triggers "]),
+        ("evaluate --max_", ["--max_tokens=", "--max_retries=", "--max_pixels="]),
+        ("train --config=configs/x.py --config.aepo.wi", ["--config.aepo.window="]),
+        ("train --config.aepo.kl.r", ["--config.aepo.kl.rate=", "--config.aepo.kl.reference=", "--config.aepo.kl.rho="]),
+        ("train --config.opt", ["--config.optimizer."]),
+        ("convert --config", ["--config.", "--config="]),
+        ("infer --show_en", ["--show_entropy "]),
+        ("infer --show_entropy --h", ["--help ", "--html="]),
+        ("infer --config.a", []),
+        ("trane --", []),
+        ("train --config=", []),  # bash's own: files
+    ],
+)
+def test_tab_completes_in_bash(typed, completed, tmp_path):
+    """At a Tab bash splits what is typed, also at `=`, and calls the function."""
+    (tmp_path / "ares-jax").write_text(f'#!/bin/sh\nexec {sys.executable} -m ares_jax "$@"\n')
+    (tmp_path / "ares-jax").chmod(0o755)
+    words = re.findall(r"=|[^= ]+", f"ares-jax {typed}") + ([""] if typed.endswith(" ") or not typed else [])
+    code = (
+        f'PATH={tmp_path}:$PATH; eval "$(ares-jax --completion)"; COMP_WORDS=({shlex.join(words)}); '
+        f"COMP_CWORD={len(words) - 1}; _ares_jax ares-jax; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    )
+    result = subprocess.run(["bash", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0 and sorted(result.stdout.strip("\n").split("\n")) == sorted(completed or [""]), result
 
 
 def test_an_unknown_command_is_one_line():

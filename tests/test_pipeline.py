@@ -21,17 +21,7 @@ from ares_jax.workspace import open_workspace
 from configs.resolved import get_config
 from data_pipeline.tokenizer import load_processors
 from data_pipeline.vision_layout import vision_layout
-
-FLAGS = {
-    "model.text.hidden_size": 64, "model.text.intermediate_size": 96, "model.text.num_layers": 2,
-    "model.text.mrope_section": "(2,3,3)", "data.validation": "('digits://validation?size=6',)",
-    "data.test": "('digits://test?size=6',)", "sampler.slots": 32,
-    "sampler.pages": 500, "sampler.max_response_tokens": 32, "packing.rows": 4, "cold_start.alignment_steps": 2,
-    "cold_start.warmup_steps": 2, "cold_start.pass_rate_problems": 8, "cold_start.pass_rate_samples": 2,
-    "cold_start.selected": 8, "cold_start.epochs": 1, "cold_start.batch_size": 4, "aepo.steps": 3,
-    "aepo.prompts_per_step": 2, "aepo.save_every": 1, "aepo.filter.low": -9.0, "aepo.filter.high": 9.0,
-    "aepo.log_rollouts_every": 1,
-}  # fmt: skip
+from tests.digits import TINY_RUN
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +45,7 @@ def environment():
 
 
 def line(name, folder):
-    flags = [f"--config.{key}={value}" for key, value in FLAGS.items()]
+    flags = [f"--config.{key}={value}" for key, value in TINY_RUN.items()]
     return [sys.executable, "-m", f"ares_jax.{name}", "--config=configs/digits_cpu.py", f"--workdir={folder}", *flags]
 
 
@@ -98,7 +88,7 @@ def test_killed_at_ten_random_moments_the_weights_are_the_same_to_the_last_bit(w
 
 def final_weights(folder):
     workspace = open_workspace(get_config(str(folder / "config.json")), folder)
-    assert workspace.checkpoints("aepo").latest() == FLAGS["aepo.steps"]
+    assert workspace.checkpoints("aepo").latest() == TINY_RUN["aepo.steps"]
     return workspace.params("aepo")
 
 

@@ -22,6 +22,12 @@ from ares_jax.workspace import Workspace, everyone, open_workspace
 from data_pipeline.errors import DataError
 from data_pipeline.problems import Problem
 
+TOPICS = {
+    "The run (every field: ares_jax/config.py)": ("config", "workdir"),
+    "A trace of it": ("profile_steps",),
+    "Several processes": ("coordinator_address", "num_processes", "process_id"),
+}
+
 
 def main(config: ConfigDict, workdir: Path) -> None:
     workspace, c = open_workspace(config, workdir), config.cold_start

@@ -24,6 +24,13 @@ from ares_jax.sampling.requests import derive_seed, rollout_request
 from ares_jax.workspace import everyone, open_workspace
 
 _SPACES = "Ġ▁Ċ \t\n"
+TOPICS = {
+    "The run (every field: ares_jax/config.py)": ("config", "workdir"),
+    "Where responses come from": ("rollouts", "problems"),
+    "Which words are taken": ("words", "least"),
+    "Several processes": ("coordinator_address", "num_processes", "process_id"),
+}
+
 _ROLLOUTS = flags.DEFINE_list("rollouts", [], "JSONL files of logged rollouts; empty: the run's own, or drawn ones")
 _PROBLEMS = flags.DEFINE_integer("problems", 64, "training problems to draw responses to, where there are no rollouts", 1)
 _WORDS = flags.DEFINE_integer("words", 100, "size of the vocabulary", 1)

@@ -9,8 +9,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from ares_jax.cli import save_config
-from ares_jax.config import default_config
 from ares_jax.errors import UserError
+from ares_jax.inference.opening import published_config
 from ares_jax.service.process import start_sampler
 
 _RESOLVED = Path(__file__).parents[2] / "configs" / "resolved.py"
@@ -29,7 +29,8 @@ class LocalService:
 def local_service(checkpoint: Path, config: ConfigDict | None, folder: Path, max_tokens: int) -> Iterator[LocalService]:
     """Starts the sampler service with `checkpoint`: a Hugging Face folder, or the folder of a run (its newest weights).
 
-    `config`: of the service, for a Hugging Face folder; by default the default one. Its files go to `folder`.
+    `config`: of the service, for a Hugging Face folder; by default one with the folder's own pixels, in which answers of
+    `max_tokens` fit. Its files go to `folder`.
 
     Raises:
       UserError: it is neither, or the service does not start.
@@ -38,7 +39,9 @@ def local_service(checkpoint: Path, config: ConfigDict | None, folder: Path, max
         folder = checkpoint.resolve()
         patience = json.loads((folder / "config.json").read_text())["sampler"]["start_timeout"]
     elif (checkpoint / "config.json").is_file():
-        config = default_config() if config is None else config
+        if config is None:
+            config = published_config(checkpoint)
+            config.sampler.max_response_tokens = max_tokens
         with config.unlocked():
             config.model.pretrained = str(checkpoint.resolve())
             config.sampler.max_response_tokens = max(config.sampler.max_response_tokens, max_tokens)
@@ -55,6 +58,6 @@ def local_service(checkpoint: Path, config: ConfigDict | None, folder: Path, max
 
 def _identity(checkpoint: Path) -> str:
     """Returns the checkpoint's place and the time of its newest file: new weights are asked anew."""
-    files = (*checkpoint.glob("*.safetensors"), *checkpoint.glob("checkpoints/*/*"))
+    files = list(checkpoint.glob("checkpoints/*/*")) or list(checkpoint.glob("*"))
     newest = max((path.stat().st_mtime_ns for path in files), default=0)
     return f"{checkpoint.resolve()}@{newest}"

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from etils import epath
+from ml_collections import ConfigDict
 
 from ares_jax.checkpoints.folders import read_json
 from ares_jax.checkpoints.orbax_params import is_converted
@@ -77,17 +78,28 @@ def _open_run(path: Path, found: dict[str, Any], overrides: Mapping[str, Any], d
     return Opened(workspace, partial(workspace.params, stages[-1]), f"{path} ({stages[-1]})", tau_high)
 
 
-def _open_published(path: Path, overrides: Mapping[str, Any], dtype: str | None) -> Opened:
+def published_config(path: Path) -> ConfigDict:
+    """Returns the config with which a Hugging Face folder, or the same converted, is asked: its own pixels, bfloat16.
+
+    Raises as `open_model` does. Does not look for devices: a service, which takes them, may be started with it.
+    """
     if not is_converted(path) and not any(path.glob("*.safetensors")):
-        raise UserError(f"--model_path={path}: neither safetensors nor a converted checkpoint in it; copy the folder whole")
+        raise UserError(f"{path}: neither safetensors nor a converted checkpoint in it; copy the folder whole")
     config = default_config()
     config.model.pretrained = str(path)
-    # An accelerator computes in bfloat16; a CPU does not gain by it.
-    config.model.dtype = config.model.param_dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    config.model.dtype = config.model.param_dtype = "bfloat16"
     size = load_processors(path)[1].size
     config.data.min_pixels = size["shortest_edge"]
     config.data.max_pixels = max(size["shortest_edge"], min(size["longest_edge"], config.data.max_pixels))
-    config.update_from_flattened_dict({**_LARGEST_PROMPT, **overrides})
+    config.update_from_flattened_dict(_LARGEST_PROMPT)
+    return config
+
+
+def _open_published(path: Path, overrides: Mapping[str, Any], dtype: str | None) -> Opened:
+    config = published_config(path)
+    # An accelerator computes in bfloat16; a CPU does not gain by it.
+    config.model.dtype = config.model.param_dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    config.update_from_flattened_dict(dict(overrides))
     workspace = _opened(config, path)
     return Opened(workspace, workspace.initial_params, str(path), math.nan)
 

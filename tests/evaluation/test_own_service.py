@@ -5,9 +5,19 @@ import os
 import subprocess
 import sys
 
+from ares_jax.checkpoints import save_hf
 from ares_jax.config import to_plain
+from ares_jax.evaluation.local_service import _identity
 from ares_jax.metrics import read_jsonl
 from configs.digits_cpu import get_config
+from data_pipeline.tokenizer import save_processors
+from tests import digits
+
+
+def evaluated(command, results):
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""})
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(results.read_text())
 
 
 def test_a_local_checkpoint_is_asked_by_a_hundred_threads_and_none_is_lost(tmp_path):
@@ -23,9 +33,25 @@ def test_a_local_checkpoint_is_asked_by_a_hundred_threads_and_none_is_lost(tmp_p
         sys.executable, "-m", "ares_jax.evaluate", f"--checkpoint={run}", "--datasets=digits", "--system-prompt=",
         "--max-tokens=8", "--eval-threads=100", "--limit=120", f"--output-dir={tmp_path}",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""})
-    assert done.returncode == 0, done.stderr[-2000:]
-    metrics = json.loads((tmp_path / "run___digits.json").read_text())["metrics"]
+    metrics = evaluated(command, tmp_path / "run___digits.json")["metrics"]
     assert metrics["total"] == 120 and metrics["errors"] == 0 and 120 <= metrics["tokens"] <= 8 * 120
     (cache,) = (tmp_path / "cache").glob("*.jsonl")
     assert len(read_jsonl(cache)) == 120
+
+
+def test_a_published_folder_is_asked_with_its_own_pixels_and_new_weights_anew(tmp_path):
+    """The folder alone says all that is needed; its answers are kept until a file of it changes."""
+    folder = tmp_path / "published"
+    save_processors(folder, digits.encoder().tokenizer, digits.encoder().image_processor)
+    save_hf(digits.model(), folder)
+    command = [
+        sys.executable, "-m", "ares_jax.evaluate", f"--checkpoint={folder}", "--datasets=digits", "--system-prompt=",
+        "--max-tokens=4", "--limit=3", "--min-pixels=0", "--temperature=0", f"--output-dir={tmp_path}",
+    ]  # fmt: skip
+    result = evaluated(command, tmp_path / "published___digits.json")
+    assert result["metrics"]["total"] == 3 and result["metrics"]["errors"] == 0
+    config = json.loads((tmp_path / "service" / "published" / "config.json").read_text())
+    assert config["data"]["min_pixels"] == 784 and config["sampler"]["max_response_tokens"] == 4
+    before = _identity(folder)
+    (folder / "model.safetensors").touch()
+    assert _identity(folder) != before
