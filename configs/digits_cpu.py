@@ -17,7 +17,7 @@ def get_config(method: str = "aepo"):
         )
         # Fine-tuning all at once lets the young decoder wash out what the vision tower has just learned.
         c.optimizer.freeze_vision = True
-        # Shorter rows cut most trees, longer ones cost more attention than they save. More of them: benchmarks/RESULTS.md, Learner.
+        # Shorter rows cut most trees, longer ones cost more attention than they save. More rows: benchmarks/RESULTS.md.
         c.packing.update(rows=1, row_tokens=352, row_patches=136, halvings=1)
         c.cold_start.update(
             alignment_steps=300,
