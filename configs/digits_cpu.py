@@ -17,8 +17,8 @@ def get_config(method: str = "aepo"):
         )
         # Fine-tuning all at once lets the young decoder wash out what the vision tower has just learned.
         c.optimizer.freeze_vision = True
-        # Shorter rows cut most trees, longer ones cost more attention than they save. More rows: benchmarks/RESULTS.md.
-        c.packing.update(rows=1, row_tokens=352, row_patches=136, halvings=1)
+        # Shorter rows cut most trees, longer ones cost more attention than they save.
+        c.packing.update(rows=4, row_tokens=352, row_patches=136, halvings=2)
         c.cold_start.update(
             alignment_steps=300,
             warmup_steps=240,

@@ -47,8 +47,8 @@ def rms_norm(x: Float[Array, "... D"], weight: Float[Array, "D"], eps: float) ->
 def matmul(x: Float[Array, "... D"], kernel: Float[Array, "D F"], **options: Any) -> Float[Array, "... F"]:
     """`x @ kernel`. On one device over a list of tokens, not over rows of them.
 
-    Rows make XLA's CPU compiler transpose what the gradient multiplies, a third of the layers' backward pass. Split over devices the
-    rows must stay apart from what they hold.
+    Rows make XLA's CPU compiler transpose what the gradient multiplies, a third of the layers' backward pass. Split over
+    devices the rows must stay apart from what they hold.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:
