@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -69,9 +70,9 @@ def main(_: Sequence[str]) -> None:
     _rollouts(model)
 
 
-def _new_engine(model) -> Engine:
+def _new_engine(model, slots: int) -> Engine:
     options = EngineOptions(
-        max_slots=64, page_size=16, num_pages=1 + 64 * (2 + (_PROMPT + _NEW.value) // 16), max_prompt_tokens=_PROMPT,
+        max_slots=slots, page_size=16, num_pages=(slots + 1) * (2 + (_PROMPT + _NEW.value) // 16), max_prompt_tokens=_PROMPT,
         max_prompt_patches=4, max_context_tokens=_PROMPT + _NEW.value, prefill_batch=8, decode_steps=16, window=4,
     )  # fmt: skip
     never = np.zeros(_VOCABULARY, bool)
@@ -89,10 +90,10 @@ def _request(prompt: np.ndarray, seed: int, leaves: int = 1, roots: int = 1, tau
 
 
 def _engine(model) -> Callable[[np.ndarray], None]:
-    engine = _new_engine(model)
+    engines = cache(partial(_new_engine, model))  # as many slots as sequences: the others compile for the number they get
 
     def sample(prompts):
-        groups = engine.generate([_request(prompt, seed) for seed, prompt in enumerate(prompts)])
+        groups = engines(len(prompts)).generate([_request(prompt, seed) for seed, prompt in enumerate(prompts)])
         assert all(len(group.leaves[0].token_ids) == _NEW.value for group in groups)
 
     return sample
@@ -175,7 +176,7 @@ def _rollouts(model) -> None:
     prompts = np.random.default_rng(0).integers(0, 150_000, (4, _PROMPT)).astype(np.int32)
     shared = [_request(prompt, seed, leaves=8, roots=4, tau=0.0) for seed, prompt in enumerate(prompts)]
     apart = [_request(prompt, 8 * seed + leaf) for seed, prompt in enumerate(prompts) for leaf in range(8)]
-    engine = _new_engine(model)
+    engine = _new_engine(model, 32)
     print("\n| rollouts of 4 x 8 leaves | seconds | tokens computed | delivered | computed / delivered | branches |")
     print("|---|---|---|---|---|---|")
     results: dict[str, tuple] = {}
