@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import jax
 from absl import flags, logging
@@ -31,18 +32,21 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, report")
 
 STOPPED = "stopped"  # file in the workdir, for launchers: the command ended with 0, but before its end
+Processes = Literal["together", "each", "first"]
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def run(
-    main: Callable[..., None], *, config_optional: bool = False, workdir_optional: bool = False, alone: bool = False
-) -> None:
+    main: Callable[..., None], *, config_optional: bool = False, workdir_optional: bool = False,
+    processes: Processes | Callable[[], Processes] = "together",
+) -> None:  # fmt: skip
     """Parses the command line and calls `main(config, workdir)`. Exits with 2 and one clear line on bad input.
 
     Args:
       config_optional: what is not given is None; without `--config`, the workdir is not made.
       workdir_optional: without `--workdir`, it is None.
-      alone: the command is one process, whatever the cluster around it.
+      processes: of a cluster "together" make one run; "each" is for itself; or the "first" does it, and the others end. A
+        function says it once flags are parsed.
     """
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(flag_help(sys.modules["__main__"]))
@@ -55,7 +59,12 @@ def run(
     workdir = None
     try:
         config, workdir = _parse(sys.argv, config_optional, workdir_optional)
-        if not alone:
+        processes = processes() if callable(processes) else processes
+        if processes == "first" and (task := distributed.task())[0]:
+            said = f"task {task[0]} of {task[1]}: one process does this, task 0; --num_processes=1 makes this one do it, too"
+            print(said, file=sys.stderr)
+            return
+        if processes == "together":
             distributed.initialize()
             STARTUP.mark("processes")
             _stop_on_sigterm()
@@ -148,7 +157,4 @@ def prepare_jax(workdir: Path) -> None:
 
 def save_config(config: ConfigDict, workdir: Path) -> None:
     """Writes the resolved tree to `workdir/config.json`, whole or not at all."""
-    path = workdir / "config.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(to_plain(config), indent=1))
-    temporary.replace(path)
+    write_atomic(workdir / "config.json", json.dumps(to_plain(config), indent=1))

@@ -21,6 +21,7 @@ from ares_jax.checkpoints.verify import verify
 from ares_jax.checkpoints.weights import ModelWeights, Weights
 from ares_jax.errors import UserError
 from ares_jax.metrics import stage
+from ares_jax.parallel.sharding import make_mesh
 from ares_jax.workspace import STAGES, Workspace, open_workspace
 
 TOPICS = {
@@ -47,6 +48,7 @@ _OPEN = {"hf": HFFolder, "orbax": open_converted}
 
 
 def main(config: ConfigDict | None, workdir: Path | None) -> None:
+    jax.config.update("jax_platforms", "cpu")  # takes no accelerator away, and waits for no other host of a TPU slice
     if _PUSH.value and _TO.value == "orbax":
         raise UserError("--push_to uploads Hugging Face folders; use --to=hf")
     if config is not None and workdir is not None:
@@ -65,7 +67,6 @@ def main(config: ConfigDict | None, workdir: Path | None) -> None:
 
 
 def _convert_folder() -> epath.Path:
-    jax.config.update("jax_platforms", "cpu")  # a conversion takes no accelerator away from a run beside it
     if not (_FROM.value and _TO.value and _SOURCE.value and _TARGET.value):
         raise UserError(
             "give --from, --to, --source and --target to convert a folder, or --config and --workdir to export a run"
@@ -89,7 +90,9 @@ def _convert_folder() -> epath.Path:
 
 
 def _export_run(config: ConfigDict, workdir: Path, target: epath.Path) -> None:
-    workspace = open_workspace(config, workdir)
+    # Whatever the learner's mesh: here is one device. What the run says of itself stays as it is.
+    there = (workdir / "config.json").is_file()
+    workspace = open_workspace(config, workdir, mesh=make_mesh(devices=jax.local_devices()[:1]), read_only=there)
     stages = [_STAGE.value] if _STAGE.value else workspace.trained_stages()
     if not stages:
         raise UserError(f"{workdir}: no checkpoint to convert; run `python -m ares_jax.cold_start` first")
@@ -148,4 +151,4 @@ def _report(count: int, target: epath.Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, config_optional=True, alone=True)
+    cli.run(main, config_optional=True, processes="first")

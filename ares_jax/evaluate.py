@@ -84,6 +84,11 @@ def main(config: ConfigDict | None, workdir: Path | None) -> None:
         raise UserError("name what to evaluate: --model-name, --checkpoint, --compare, or --config and --workdir of a run")
 
 
+def _processes() -> cli.Processes:
+    """An endpoint is asked by one process, which must not take devices that a service of its own needs."""
+    return "first" if _COMPARE.value or _CHECKPOINT.value or _MODEL.value else "together"
+
+
 def _benchmarks(config: ConfigDict | None, workdir: Path | None) -> None:
     """The paper's benchmarks, asked over HTTP. Exits with 1 if a sample stayed without an answer."""
     from ares_jax.evaluation.benchmarks import chosen
@@ -183,4 +188,4 @@ def _advance(bar: tqdm, index: int) -> None:
 
 if __name__ == "__main__":
     sys.argv = plain_arguments(sys.argv)
-    cli.run(main, config_optional=True)
+    cli.run(main, config_optional=True, processes=_processes)

@@ -139,4 +139,4 @@ def with_joined_flags(argv: Sequence[str]) -> list[str]:
 if __name__ == "__main__":
     _define_flags()
     sys.argv = with_joined_flags(sys.argv)
-    cli.run(main, config_optional=True)
+    cli.run(main, config_optional=True, processes="first")

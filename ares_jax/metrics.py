@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import socket
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
@@ -78,7 +79,7 @@ def write_atomic(path: Path, text: str) -> None:
     """Writes `text` to `path`, whole or not at all. Of several processes the first writes."""
     if not is_first():
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")  # a folder may be other hosts', too
     temporary.write_text(text)
     temporary.replace(path)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -20,6 +21,7 @@ from ares_jax.flops import Flops, forward_flops, gradient_flops, model_flops
 from ares_jax.models.qwen2_5_vl import Qwen25VLConfig
 from ares_jax.models.qwen2_5_vl.config import PUBLISHED
 from ares_jax.models.qwen2_5_vl.layers import REMAT
+from ares_jax.models.qwen2_5_vl.paged import cached_heads, paged_implementation
 from ares_jax.parallel import aot
 from ares_jax.parallel.aot import Compiled
 from ares_jax.parallel.chips import TPUS, Chip
@@ -82,11 +84,22 @@ def kernel_flops(config: ConfigDict, shape: Qwen25VLConfig, chips: int) -> dict[
     prompt = forward_flops(
         shape, tokens=s.max_prompt_tokens, patches=s.max_prompt_patches, context=s.max_prompt_tokens / 2, frame=frame
     )
-    head = 2 * shape.text.hidden_size * shape.text.vocab_size
     return {
         "log_probs": rows * row.attention, "more": rows * gradient_flops(row, remat=config.model.remat).attention,
-        "prefill": s.prefill_batch * prompt.attention / s.tensor, "decode": s.slots * s.decode_steps * head / s.tensor,
+        "prefill": s.prefill_batch * prompt.attention / s.tensor,
+        "decode": s.slots * s.decode_steps * _token_flops(config, shape) / s.tensor,
     }  # fmt: skip
+
+
+def _token_flops(config: ConfigDict, shape: Qwen25VLConfig) -> float:
+    """Returns a decoded token's operations in kernels, at full length: the head, and attention where one reads the pages."""
+    s, t = config.sampler, shape.text
+    context = s.max_prompt_tokens + s.max_response_tokens
+    kept = cached_heads(t.num_heads, t.num_kv_heads, s.tensor)
+    on_a_chip = kept if kept % s.tensor else kept // s.tensor
+    kind = paged_implementation("tpu", jnp.dtype(config.model.dtype), on_a_chip, t.head_dim)
+    attention = 4 * t.num_layers * t.num_heads * t.head_dim * context
+    return 2 * t.hidden_size * t.vocab_size + (attention if kind == "ragged" else 0)
 
 
 def bound(program: Compiled, kernels: float, chip: Chip) -> Bound:
@@ -200,7 +213,10 @@ def search(config: ConfigDict, shape: Qwen25VLConfig, name: str, compiled: int) 
     fitting = len(found)
     best = {tuple(c.mesh.values()): (rate, c, e) for rate, c, e in reversed(found)}  # of each mesh
     found = sorted(best.values(), key=lambda x: -x[0])
-    yield f"{name}, {len(devices)} chips: {len(every)} settings, {fitting} may fit by estimate. The best of each mesh:"
+    if not found:
+        yield f"{name}: none of {len(every)} settings fits {len(devices)} {chip.unit}; take more, or less packing.row_tokens"
+        return
+    yield f"{name}, {len(devices)} {chip.unit}: {len(every)} settings, {fitting} may fit by estimate. The best of each mesh:"
     yield (
         f"{'data':>4} {'fsdp':>5} {'seq':>4} {'tensor':>6} {'rows':>5}  {'remat':<8} {'GiB':>6} {'ms arithmetic':>14} "
         f"{'network':>8} {'tokens/s':>10}, one after the other"
@@ -244,6 +260,9 @@ def with_full_rows(config: ConfigDict, chips: int) -> ConfigDict:
     c = config.copy_and_resolve_references()
     h = c.mesh
     known = math.prod(size for _, size in h.items() if size > 0)
+    if chips % known:
+        sizes = ", ".join(f"mesh.{axis}={size}" for axis, size in h.items())
+        raise UserError(f"{sizes}: {known} does not divide the {chips} chips of --topology; choose axes whose product does")
     c.mesh.update({axis: chips // known for axis, size in h.items() if size == -1})
     parts = h.data * h.fsdp
     c.packing.rows = -(-c.packing.rows // parts) * parts
@@ -266,7 +285,9 @@ def report(config: ConfigDict, shape: Qwen25VLConfig, name: str) -> Iterator[str
     kernels = kernel_flops(config, shape, len(devices))
     mesh = ", ".join(f"{axis} {size}" for axis, size in config.mesh.items())
     p, s = config.packing, config.sampler
-    yield f"{name}: {len(devices)} chips of {chip.hbm} GiB; mesh {mesh}; remat {config.model.remat}. Numbers of one chip."
+    yield (
+        f"{name}: {len(devices)} {chip.unit} of {chip.hbm} GiB; mesh {mesh}; remat {config.model.remat}. Numbers are of one."
+    )
     yield assumptions(chip)
     yield f"\nAEPO, a micro-batch of {p.rows} rows of {p.row_tokens} tokens and {p.row_patches} patches"
     learner = aot.learner_programs(config, shape, devices, ("log_probs", "more", "apply"))
@@ -292,6 +313,26 @@ def report(config: ConfigDict, shape: Qwen25VLConfig, name: str) -> Iterator[str
             f"at most {s.slots * s.decode_steps / seconds:.0f} tokens/s; {s.pages} pages hold {s.pages // longest} of the "
             f"longest sequences, the memory has room for {pages} pages, {pages // longest} such sequences"
         )
+        if not any(x.refused for x in learner.values()):
+            yield colocated(config, learner, sampler, chip)
+
+
+def colocated(config: ConfigDict, learner: dict[str, Compiled], sampler: dict[str, Compiled], chip: Chip) -> str:
+    """Returns what a chip takes that learner and sampler share (`sampler.colocated`), and what to do if it has less.
+
+    With `aepo.staleness` they work at the same time; and while weights are handed over the sampler has them twice.
+    """
+    learns, draws = (max(p.peak for p in programs.values()) for programs in (learner, sampler))
+    state = sum(learner["apply"].resident.values()) - learner["apply"].resident["gradients"]
+    weights, cache = (sampler["decode"].resident[name] for name in ("parameters", "KV pages"))
+    both = learns + draws if config.aepo.staleness else max(learns + weights + cache, state + draws)
+    both = max(both, state + 2 * weights + cache)
+    fits = both <= chip.hbm * _GIB
+    remedy = "" if fits else ": more sampler.tensor, fewer sampler.pages, or samplers elsewhere (sampler.url)"
+    return (
+        f"with sampler.colocated=True the first {config.sampler.tensor} of each host's chips hold learner and sampler: "
+        f"{both / _GIB:.1f} of {chip.hbm} GiB{'' if fits else ', which does not fit'}{remedy}"
+    )
 
 
 def _rate(config: ConfigDict, shape: Qwen25VLConfig, programs: dict[str, Compiled], chip: Chip, chips: int) -> str:
@@ -320,4 +361,4 @@ def main(config: ConfigDict, workdir: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, workdir_optional=True, alone=True)
+    cli.run(main, workdir_optional=True, processes="first")

@@ -48,4 +48,4 @@ def follow(workdir: Path, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, config_optional=True, alone=True)
+    cli.run(main, config_optional=True, processes="first")

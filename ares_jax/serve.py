@@ -7,6 +7,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from ares_jax import cli
+from ares_jax.parallel.distributed import require_alone
 from ares_jax.sampling import Engine
 from ares_jax.service.chat import ChatFormat
 from ares_jax.service.process import die_with
@@ -28,6 +29,7 @@ def make_engine(config: ConfigDict, folder: Path) -> Engine:
 
 
 def _open(config: ConfigDict, folder: Path) -> Workspace:
+    require_alone("serve")
     return open_workspace(config, folder, mesh=sampler_mesh(config))
 
 
@@ -50,4 +52,4 @@ def main(config: ConfigDict, workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, alone=True)
+    cli.run(main, processes="each")

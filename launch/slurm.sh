@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Submits one command of ares_jax to SLURM, one process a node with all its GPUs. Two minutes before the time limit, or when
 # it is preempted, the run saves, and the job is queued again until it is done. --workdir is on storage all nodes see.
+# Nodes are taken whole, unless --cpus and --memory say how much of each. `convert` and `report` are one process, on one node.
 #
 #   launch/slurm.sh --nodes=4 --gpus=8 --workdir=/shared/runs/7b --config=configs/qwen2_5_vl_7b_aepo.py \
-#     [--command=train] [--partition=P] [--time=24:00:00] [--python=.venv/bin/python] [--dry_run] [-- --config.x=y ...]
+#     [--command=train] [--partition=P] [--time=24:00:00] [--cpus=32] [--memory=256G] [--python=.venv/bin/python] [--dry_run] \
+#     [-- --config.x=y ...]
 set -euo pipefail
 
-nodes=1 gpus=8 workdir='' config='' command=train partition='' limit=24:00:00 python=.venv/bin/python dry_run=''
+nodes=1 gpus=8 workdir='' config='' command=train partition='' limit=24:00:00 cpus='' memory='' python=.venv/bin/python dry_run=''
 while [[ $# -gt 0 ]]; do
   case $1 in
     --nodes=*) nodes=${1#*=} ;;
@@ -16,6 +18,8 @@ while [[ $# -gt 0 ]]; do
     --command=*) command=${1#*=} ;;
     --partition=*) partition=${1#*=} ;;
     --time=*) limit=${1#*=} ;;
+    --cpus=*) cpus=${1#*=} ;;
+    --memory=*) memory=${1#*=} ;;
     --python=*) python=${1#*=} ;;
     --dry_run) dry_run=1 ;;
     --) shift && break ;;
@@ -28,6 +32,15 @@ for flag in workdir config; do
 done
 [[ $workdir == /* ]] || { echo "error: --workdir=$workdir; give an absolute path that all nodes see" >&2 && exit 2; }
 
+case $command in
+  cold_start | train | evaluate) ;;
+  convert | report) nodes=1 ;;
+  *) echo "error: --command=$command is none of cold_start, train, evaluate, convert, report" >&2 && exit 2 ;;
+esac
+
+share=$'#SBATCH --exclusive\n#SBATCH --mem=0' # all of it
+[[ -z $cpus ]] || share="#SBATCH --cpus-per-task=$cpus${memory:+$'\n'#SBATCH --mem=$memory}"
+
 printf -v line ' %q' launch/worker.sh "$workdir" "$python" -m "ares_jax.$command" "--config=$config" "--workdir=$workdir" \
   --config.sampler.colocated=True "$@"
 
@@ -38,6 +51,7 @@ script() {
 #SBATCH --nodes=$nodes
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=$gpus
+$share
 #SBATCH --time=$limit
 #SBATCH --requeue
 #SBATCH --signal=TERM@120
@@ -45,7 +59,8 @@ script() {
 #SBATCH --output=$workdir/slurm.%j.log
 ${partition:+#SBATCH --partition=$partition}
 set -uo pipefail
-srun --label --kill-on-bad-exit=0$line
+# The cores are named, or srun gives a task one of them.
+srun --label --kill-on-bad-exit=0 --cpus-per-task="\${SLURM_CPUS_PER_TASK:-\$SLURM_CPUS_ON_NODE}"$line
 code=\$?
 if [[ -e "$workdir/stopped" ]]; then
   scontrol requeue "\$SLURM_JOB_ID"

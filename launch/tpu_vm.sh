@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs one command of ares_jax on every worker of a Cloud TPU slice; makes the slice, and makes it again when it is
 # preempted, until the command has ended. The workers' output is gathered in --logs. The workdir is a folder of a bucket.
+# `convert` and `report` are one process: they run on the first worker.
 #
 #   launch/tpu_vm.sh --name=ares --zone=us-east5-a --type=v5p-128 --bucket=my-bucket --workdir=runs/7b \
 #     --config=configs/qwen2_5_vl_7b_aepo.py [--command=train] [--spot] [--dry_run] [-- --config.aepo.steps=100 ...]
@@ -39,6 +40,12 @@ if [[ -z $runtime ]]; then
   esac
 fi
 
+case $command in
+  cold_start | train | evaluate) workers=all ;;
+  convert | report) workers=0 ;;
+  *) echo "error: --command=$command is none of cold_start, train, evaluate, convert, report" >&2 && exit 2 ;;
+esac
+
 tpu=(gcloud compute tpus tpu-vm)
 mounted=/mnt/ares
 
@@ -49,10 +56,10 @@ run() { # prints a command, and runs it unless this is a dry run
   [[ -n $dry_run ]] || "$@"
 }
 
-on_all() { # a shell command on every worker, its output into a folder of its own
-  local folder=$logs/$1
+on() { # a shell command on these workers, their output into a folder of its own
+  local folder=$logs/$2
   [[ -n $dry_run ]] || mkdir -p "$folder"
-  run "${tpu[@]}" ssh "$name" --zone="$zone" --worker=all --output-directory="$folder" --command="$2"
+  run "${tpu[@]}" ssh "$name" --zone="$zone" --worker="$1" --output-directory="$folder" --command="$3"
 }
 
 state() {
@@ -65,23 +72,27 @@ make_slice() {
   run "${tpu[@]}" create "$name" --zone="$zone" --accelerator-type="$type" --version="$runtime" ${spot:+--spot}
 }
 
+archive=$(mktemp --suffix=.tgz)
+trap 'rm -f "$archive"' EXIT
+
 prepare() {
-  run "${tpu[@]}" scp --recurse . "$name:ares" --zone="$zone" --worker=all
-  on_all prepare "cd ares && python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt 'jax[tpu]' &&
-    { command -v gcsfuse || sudo apt-get install -y -qq gcsfuse; } && sudo mkdir -p $mounted &&
-    { mountpoint -q $mounted || sudo gcsfuse --implicit-dirs -o allow_other $bucket $mounted; }"
+  # 1: a file changed meanwhile, such as a log
+  run tar --exclude=./.venv --exclude=./.git --exclude=./runs --exclude="./$logs" -czf "$archive" . || [[ $? -eq 1 ]] || return
+  run "${tpu[@]}" scp "$archive" "$name:ares.tgz" --zone="$zone" --worker=all || return
+  on all prepare "mkdir -p ares && tar -xzf ares.tgz -C ares && cd ares && launch/tpu_host.sh $bucket $mounted"
 }
 
 printf -v overrides ' %q' "$@"
 [[ $# -gt 0 ]] || overrides=''
-line="cd ares && launch/worker.sh $mounted/$workdir .venv/bin/python -m ares_jax.$command"
+# The number of the process, for the next attempt: this one may outlive its connection.
+line="cd ares && echo \$\$ > ares.pid && exec launch/worker.sh $mounted/$workdir .venv/bin/python -m ares_jax.$command"
 line+=" --config=$config --workdir=$mounted/$workdir --config.sampler.colocated=True$overrides"
 
 for ((attempt = 1; attempt <= attempts; attempt++)); do
   if [[ -n $dry_run || $(state) != READY ]]; then
     make_slice || { sleep 60 && continue; }
   fi
-  if prepare && on_all "$command.$attempt" "$line"; then
+  if prepare && on "$workers" "$command.$attempt" "$line"; then
     echo "done; the workers' output is in $logs/$command.$attempt"
     exit 0
   fi

@@ -158,6 +158,7 @@ class Trainer:
                     while not around.noticed and not wait([draw], timeout=0.2).done:
                         pass
                     if around.noticed:
+                        around.broken_off()
                         break
                     now, draw = self.complete(draw.result(), self.iteration), None
                     waited += time.time() - begin

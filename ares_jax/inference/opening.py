@@ -16,6 +16,7 @@ from ares_jax.checkpoints.orbax_params import is_converted
 from ares_jax.config import default_config
 from ares_jax.errors import UserError
 from ares_jax.metrics import read_jsonl
+from ares_jax.parallel.distributed import require_alone
 from ares_jax.parallel.sharding import make_mesh
 from ares_jax.training.update import Params
 from ares_jax.workspace import Workspace, open_workspace
@@ -108,4 +109,5 @@ def _opened(config, path: Path) -> Workspace:
     if config.data.min_pixels > config.data.max_pixels:
         d = config.data
         raise UserError(f"--min_pixels={d.min_pixels} is above --max_pixels={d.max_pixels}; lower one or raise the other")
+    require_alone("infer")
     return open_workspace(config, path, mesh=make_mesh(devices=jax.devices()[:1]), read_only=True)

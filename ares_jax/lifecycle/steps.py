@@ -23,7 +23,7 @@ class Steps:
         """`state`: what `state()` gave when the checkpoint was saved from which this attempt goes on."""
         state = state or {"since": time.time(), "useful": 0.0}
         self._since, self._useful = state["since"], state["useful"]
-        self._warm = False
+        self._warm = self._broken_off = False
         self._preemption, self._watchdog, self._profiler = Preemption(), Watchdog(watchdog), Profiler(folder)
         self._stack = ExitStack()
 
@@ -38,16 +38,22 @@ class Steps:
 
     @contextmanager
     def step(self, number: int):
-        """Surrounds step `number`; one that raises does not count."""
-        begin = time.time()
+        """Surrounds step `number`; one that raises does not count, nor does one of which `broken_off` was said."""
+        begin, self._broken_off = time.time(), False
         with self._profiler.step(number):
             yield
         self._watchdog.feed()
+        if self._broken_off:
+            return
         if self._warm:
             self._useful += time.time() - begin
         self._warm = True
         if (line := STARTUP.first_step()) and is_first():
             print(line, flush=True)
+
+    def broken_off(self) -> None:
+        """Says that the present step will be done again."""
+        self._broken_off = True
 
     @property
     def noticed(self) -> bool:

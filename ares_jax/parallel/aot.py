@@ -7,7 +7,7 @@ import pickle
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from ares_jax.aepo.learner import Learner
 from ares_jax.cold_start.sft import fine_tuning_loss
 from ares_jax.errors import UserError
+from ares_jax.models.lora import Lora
 from ares_jax.models.params import to_flat
 from ares_jax.models.qwen2_5_vl import Qwen25VLConfig, VisionInputs
 from ares_jax.models.qwen2_5_vl.model import Qwen25VL, abstract_model
@@ -37,6 +38,10 @@ AEPO_EXTRAS = {
     "weight": np.float32, "advantage": np.float32, "old_log_prob": np.float32, "kl_weight": np.float32,
     "bucket": np.int32, "in_window": np.int32, "back": np.int32, "first_leaf": np.int32, "last_leaf": np.int32,
 }  # fmt: skip
+
+
+# What lies in memory while each program runs, by its name, in bytes of a chip; and what lowers it.
+_Programs = tuple[dict[str, dict[str, int]], Mapping[str, Callable[[], jax.stages.Lowered]]]
 
 
 @dataclass(frozen=True)
@@ -92,11 +97,9 @@ def learner_programs(
     return _compile_all(*_learner(config, shape, devices), names)
 
 
-def _learner(
-    config: ConfigDict, shape: Qwen25VLConfig, devices: Sequence[Any]
-) -> tuple[dict[str, int], Mapping[str, Callable[[], jax.stages.Lowered]]]:
+def _learner(config: ConfigDict, shape: Qwen25VLConfig, devices: Sequence[Any]) -> _Programs:
     model, place = _placed(config, shape, devices)
-    trained = trainable(config.optimizer)
+    trained = trainable(config.optimizer, lora=model.lora is not None)
     optimizer = make_optimizer(config.optimizer, learning_rate=config.aepo.learning_rate, steps=config.aepo.steps)
     learner = Learner(
         model, np.zeros(shape.text.vocab_size, bool), optimizer, config.aepo, place,
@@ -107,10 +110,8 @@ def _learner(
         fixed["recomputed"] = np.float32
     batch = batch_shapes(config, place, {**AEPO_EXTRAS, **fixed})
     state = abstract_state(to_flat(model), optimizer, place, trained)
-    resident = _resident(state, batch, trained)
-    if fixed.get("reference") and config.aepo.kl.reference == "device":
-        resident["reference"] = resident["parameters"]
-    return resident, learner.lower(state, batch)
+    resident, programs = _resident(state, batch, trained, reference="reference" in fixed), learner.lower(state, batch)
+    return _while_running(programs, resident, on_host=config.aepo.kl.reference == "host"), programs
 
 
 def fine_tuning_programs(
@@ -120,21 +121,17 @@ def fine_tuning_programs(
     return _compile_all(*_fine_tuning(config, shape, devices), names)
 
 
-def _fine_tuning(
-    config: ConfigDict, shape: Qwen25VLConfig, devices: Sequence[Any]
-) -> tuple[dict[str, int], Mapping[str, Callable[[], jax.stages.Lowered]]]:
+def _fine_tuning(config: ConfigDict, shape: Qwen25VLConfig, devices: Sequence[Any]) -> _Programs:
     model, place = _placed(config, shape, devices)
-    trained, k = trainable(config.optimizer), config.cold_start
+    trained, k = trainable(config.optimizer, lora=model.lora is not None), config.cold_start
     optimizer = make_optimizer(config.optimizer, learning_rate=k.learning_rate, steps=1000, final_fraction=0.1)
     statistics = token_statistics(model, jnp.zeros(shape.text.vocab_size, bool))
     update = Update(fine_tuning_loss(statistics, k.kl.estimator), optimizer, place, trained)
     guided = {"reference_log_prob": np.float32} if any(k.kl.weight) else {}
     batch = batch_shapes(config, place, {**SFT_EXTRAS, **guided})
     state = abstract_state(to_flat(model), optimizer, place, trained)
-    resident = _resident(state, batch, trained)
-    if guided:
-        resident["reference"] = resident["parameters"]
-    return resident, update.lower(state, batch)
+    resident, programs = _resident(state, batch, trained, reference=bool(guided)), update.lower(state, batch)
+    return _while_running(programs, resident), programs
 
 
 def sampler_programs(
@@ -183,7 +180,7 @@ def sampler_programs(
     with jax.set_mesh(mesh):  # says that the platform is a TPU's
         for name in names:
             lower = functools.partial(jitted[name].lower, params, pages, *given[name])
-            compiled |= _compile_all(resident | {"batch": bytes_per_chip(given[name])}, {name: lower})
+            compiled[name] = compile_lowered(lower(), resident | {"batch": bytes_per_chip(given[name])})
             if (work := compiled[name].work).page_kernels:  # each reads every key and value of the rows once
                 work.bytes += s.decode_steps * s.slots * width * bytes_per_chip(pages) / s.pages
     return compiled
@@ -206,31 +203,40 @@ def batch_shapes(config: ConfigDict, place: Placement, extras: Mapping[str, Any]
 def _placed(
     config: ConfigDict, shape: Qwen25VLConfig, devices: Sequence[Any], mesh: jax.sharding.Mesh | None = None
 ) -> tuple[Qwen25VL, Placement]:
-    m = config.model
-    model = abstract_model(shape, dtype=jnp.dtype(m.dtype), param_dtype=jnp.dtype(m.param_dtype), remat=m.remat)
+    """`mesh`: the sampler's, whose model has no LoRA."""
+    m, lora = config.model, Lora(**config.lora) if config.lora.rank and mesh is None else None
+    types = {"dtype": jnp.dtype(m.dtype), "param_dtype": jnp.dtype(m.param_dtype)}
+    model = abstract_model(shape, **types, remat=m.remat, lora=lora)
     return model, place_model(model, mesh or make_mesh(**config.mesh, devices=devices))
 
 
-def _resident(state: Any, batch: Any, trained: Callable[[str], bool]) -> dict[str, int]:
-    return {
-        "parameters": bytes_per_chip(state.params),
-        "optimizer": bytes_per_chip(state.optimizer),
-        "gradients": bytes_per_chip({name: value for name, value in state.params.items() if trained(name)}),
-        "batch": bytes_per_chip(batch),
-    }
+def _resident(state: Any, batch: Any, trained: Callable[[str], bool], *, reference: bool) -> dict[str, int]:
+    own = {name: value for name, value in state.params.items() if trained(name)}
+    gradients = {name: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding) for name, x in own.items()}
+    resident = {
+        "parameters": bytes_per_chip(state.params), "optimizer": bytes_per_chip(state.optimizer),
+        "gradients": bytes_per_chip(gradients), "batch": bytes_per_chip(batch),
+    }  # fmt: skip
+    return resident | ({"reference": bytes_per_chip(own)} if reference else {})
+
+
+def _while_running(names: Iterable[str], resident: Mapping[str, int], *, on_host: bool = False) -> dict[str, dict[str, int]]:
+    """Returns what of it lies there while each program runs. `on_host`: the reference, but for its log-probs."""
+
+    def there(part, name):
+        if part == "gradients":
+            return name not in ("first", "log_probs")  # those of the first micro-batch are a result
+        return part != "reference" or name == "log_probs" or not on_host
+
+    return {name: {part: size for part, size in resident.items() if there(part, name)} for name in names}
 
 
 def _compile_all(
-    resident: dict[str, int],
+    residents: Mapping[str, dict[str, int]],
     programs: Mapping[str, Callable[[], jax.stages.Lowered]],
     names: Sequence[str] | None = None,
 ) -> dict[str, Compiled]:
-    # The first micro-batch's gradients are a result, not yet there while it runs.
-    before = {name: size for name, size in resident.items() if name != "gradients"}
-    return {
-        name: compile_lowered(programs[name](), before if name in ("first", "log_probs") else resident)
-        for name in names or programs
-    }
+    return {name: compile_lowered(programs[name](), residents[name]) for name in names or programs}
 
 
 _STAGES = {"cold_start": _fine_tuning, "aepo": _learner}
@@ -269,9 +275,9 @@ def gradients_without_code(config: ConfigDict, shape: Qwen25VLConfig, topology: 
 def _compile_in(folder: str, config: ConfigDict, shape: Qwen25VLConfig, topology: str, stage: str) -> None:
     jax.config.update("jax_platforms", "cpu")
     tempfile.tempdir = folder
-    resident, programs = _STAGES[stage](config, shape, topology_devices(topology))
-    (Path(folder) / "resident").write_bytes(pickle.dumps(resident))
-    program = _compile_all(resident, programs, ("more",))["more"]
+    residents, programs = _STAGES[stage](config, shape, topology_devices(topology))
+    (Path(folder) / "resident").write_bytes(pickle.dumps(residents["more"]))
+    program = _compile_all(residents, programs, ("more",))["more"]
     written = Path(folder) / "done.part"
     written.write_bytes(pickle.dumps(program))
     written.rename(Path(folder) / "done")

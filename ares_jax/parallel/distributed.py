@@ -3,6 +3,7 @@
 Every process calls these functions in the same order, from its main thread. With one process they cost nothing.
 """
 
+import os
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -17,6 +18,12 @@ from jaxtyping import Shaped
 from ares_jax.errors import UserError
 
 T = TypeVar("T")
+
+# Where a cluster says which of how many tasks a process is; GKE names all hosts of a TPU slice.
+_TASKS = (
+    ("SLURM_PROCID", "SLURM_NTASKS"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES"),
+)  # fmt: skip
 
 _joined = False  # with other processes
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0; found by itself on TPU and SLURM")
@@ -38,8 +45,10 @@ def initialize() -> None:
         return
     if given and len(given) < 3:
         raise UserError(f"--{next(iter(given))} alone; give --coordinator_address, --num_processes and --process_id")
+    # None restricted. JAX takes any task of SLURM or Open MPI for one of many on its host, and would give it one GPU.
+    devices: dict[str, Any] = {"local_device_ids": []} if _one_a_host(os.environ) else {}
     try:
-        jax.distributed.initialize(**given)
+        jax.distributed.initialize(**given, **devices)
         _joined = True
     except Exception as error:  # gRPC's own types, and whatever a cluster's detection raises
         if not given and "coordinator_address should be defined" in str(error):
@@ -49,6 +58,37 @@ def initialize() -> None:
             f"the processes of the run did not find each other ({reason}); give --coordinator_address, --num_processes "
             "and --process_id, or --num_processes=1 to run alone"
         ) from None
+
+
+def _one_a_host(environment: Mapping[str, str]) -> bool:
+    """Returns whether SLURM or Open MPI has started one process on every host."""
+    if "SLURM_STEP_NUM_NODES" in environment:
+        return environment["SLURM_STEP_NUM_NODES"] == environment.get("SLURM_NTASKS")
+    return environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+
+
+def require_alone(command: str) -> None:
+    """Raises `UserError` if this process is one of several, as its devices say: those of a TPU slice know all hosts."""
+    if jax.process_count() > 1:
+        raise UserError(
+            f"{command} is one process, and this is number {jax.process_index()} of {jax.process_count()}: run it on one "
+            "host, with --num_processes=1; on a host of a larger TPU slice with TPU_PROCESS_BOUNDS=1,1,1 and "
+            "TPU_CHIPS_PER_PROCESS_BOUNDS set to its own chips, such as 2,2,1"
+        )
+
+
+def task() -> tuple[int, int]:
+    """Returns the number of this process, and of how many, by flags, SLURM, Open MPI or GKE; (0, 1) elsewhere.
+
+    For a command that does not join the others: it looks at no device.
+    """
+    if _COUNT.value is not None:
+        return _INDEX.value or 0, _COUNT.value
+    for number, count in _TASKS:
+        if number in os.environ and count in os.environ:
+            all_of_them = os.environ[count]
+            return int(os.environ[number]), int(all_of_them) if all_of_them.isdigit() else len(all_of_them.split(","))
+    return 0, 1
 
 
 def is_alone() -> bool:

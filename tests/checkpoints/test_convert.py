@@ -331,6 +331,18 @@ def test_any_training_checkpoint_is_exported(workdir, tmp_path, chosen, expected
     assert ("model.safetensors.index.json" in names) == ("max_shard_size" in chosen)
 
 
+def test_a_run_of_a_larger_mesh_is_exported_by_one_device_and_stays_as_it_is(tmp_path, workdir):
+    folder, config, _ = workdir
+    before = (folder / "config.json").read_text()
+    larger = digits_cpu.get_config()
+    larger.update(config)
+    larger.mesh.update(fsdp=4, tensor=16)  # more devices than there are here
+    with flagsaver.flagsaver(target=str(tmp_path / "export")):
+        convert.main(larger, folder)
+    assert (tmp_path / "export" / "model.safetensors").is_file()
+    assert (folder / "config.json").read_text() == before
+
+
 def test_a_run_from_pretrained_weights_keeps_their_files(tmp_path, workdir):
     folder, config, _ = workdir
     with flagsaver.flagsaver(target=str(tmp_path / "base")):

@@ -23,6 +23,7 @@ RULES = {
     r"^(.* --follow=)30": r"timeout --preserve-status --signal=INT 4 \g<1>1 || [ $? = 130 ]",  # until Ctrl-C
     r"aepo\.steps=60": "aepo.steps=4",
     r"--dry_run(?=\s+--command=cold_start)": "--attempts=1",  # of pods.md: our gcloud runs what a worker would
+    r"sampler\.tensor=4": "sampler.tensor=1",  # one device here
     r"(?<=--datasets=digits)(.*--max-tokens=)64": r" --limit=8\g<1>32",
     r"--words=100": "--words=100 --least=1",  # few rollouts
     r"aepo\.window=8": "aepo.window=4",  # as everywhere: not compiled for this alone
@@ -47,7 +48,8 @@ CONFIGS = {  # (sections as in the tiny digits', fields): few shapes, as each is
 # A page uses what those before it have made.
 PAGES = ["README.md", *(f"docs/{name}.md" for name in ("quickstart", "cold_start", "train", "convert", "infer", "evaluate",
          "report", "serve", "pods"))]  # fmt: skip
-LAUNCHERS = sorted(f"launch/{path.name}" for path in (ROOT / "launch").glob("*.sh") if path.name != "worker.sh")
+ON_HOSTS = ("worker.sh", "tpu_host.sh")  # which the launchers run, not a reader
+LAUNCHERS = sorted(f"launch/{path.name}" for path in (ROOT / "launch").glob("*.sh") if path.name not in ON_HOSTS)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 

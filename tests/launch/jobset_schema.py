@@ -25,24 +25,30 @@ POD = strict(
     "restartPolicy containers",
     restartPolicy={"enum": ["Never", "OnFailure"]}, terminationGracePeriodSeconds=COUNT,
     nodeSelector={"type": "object", "additionalProperties": TEXT}, containers=several(CONTAINER),
-    volumes=several(strict("name", name=NAME, persistentVolumeClaim=strict("claimName", claimName=TEXT))),
+    volumes=several(
+        strict(
+            "name", name=NAME, persistentVolumeClaim=strict("claimName", claimName=TEXT),
+            emptyDir=strict(medium={"enum": ["", "Memory"]}),
+        ) | {"minProperties": 2, "maxProperties": 2}
+    ),
 )  # fmt: skip
 JOB = strict(
     "template", parallelism=COUNT, completions=COUNT, backoffLimit=COUNT, template=strict("spec", spec=POD),
 )  # fmt: skip
+METADATA = strict(annotations={"type": "object", "additionalProperties": TEXT})
 POLICY = strict("operator", operator={"enum": ["All", "Any"]}, targetReplicatedJobs=several(NAME))
 JOBSET = strict(
     "apiVersion kind metadata spec",
     apiVersion={"const": "jobset.x-k8s.io/v1alpha2"},
     kind={"const": "JobSet"},
-    metadata=strict("name", name=NAME, annotations={"type": "object", "additionalProperties": TEXT}),
+    metadata=strict("name", name=NAME),
     spec=strict(
         "replicatedJobs",
         network=strict(enableDNSHostnames={"type": "boolean"}, subdomain=NAME),
         failurePolicy=strict(maxRestarts=COUNT),
         successPolicy=POLICY,
         replicatedJobs=several(
-            strict("name template", name=NAME, replicas=COUNT, template=strict("spec", spec=JOB)),
+            strict("name template", name=NAME, replicas=COUNT, template=strict("spec", metadata=METADATA, spec=JOB)),
         ),
     ),
 )

@@ -1,5 +1,6 @@
 """The launchers: linted, their dry runs checked, and run against a `gcloud` that loses its slice."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ LAUNCH = Path("launch")
 TPU = ["--name=ares", "--zone=us-east5-a", "--type=v5p-128", "--bucket=b", "--workdir=runs/7b", "--config=c.py"]
 GKE = [
     "--name=ares", "--image=r.io/ares:1", "--claim=runs", "--workdir=7b", "--config=c.py",
-    "--learner=tpu-v5p-slice:4x4x8:32:4", "--sampler=tpu-v6e-slice:2x4:1:8", "--samplers=3",
+    "--learner=tpu-v5p-slice:4x4x8:32:4", "--sampler=tpu-v6e-slice:2x2:1:4", "--samplers=3",
 ]  # fmt: skip
 SLURM = ["--nodes=4", "--gpus=8", "--workdir=/shared/r", "--config=c.py"]
 
@@ -44,15 +45,38 @@ def test_the_jobset_is_one():
     manifest = yaml.safe_load(result.stdout)
     jsonschema.validate(manifest, JOBSET)
     learner, sampler = manifest["spec"]["replicatedJobs"]
-    for job, hosts, chips, replicas in ((learner, 32, 4, 1), (sampler, 1, 8, 3)):
+    for job, hosts, chips, replicas in ((learner, 32, 4, 1), (sampler, 1, 4, 3)):
         spec = job["template"]["spec"]
         (container,) = spec["template"]["spec"]["containers"]
         assert spec["parallelism"] == spec["completions"] == hosts and job["replicas"] == replicas
         assert container["resources"]["limits"] == {"google.com/tpu": chips}
         assert container["args"][-1] == '--config.data.train=("jsonl://a.jsonl",)'
+        # A pool of slices of one host has several nodes: exclusive, it would take one sampler.
+        assert ("metadata" in job["template"]) == (hosts > 1)
+        assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
+        assert container["command"][:2] == ["launch/worker.sh", "/runs/7b" if hosts > 1 else "-"]
     (urls,) = [a for a in learner["template"]["spec"]["template"]["spec"]["containers"][0]["args"] if "sampler.url" in a]
     assert urls.count("http://ares-sampler-") == 3 and "http://ares-sampler-2-0.ares:8000" in urls
     assert manifest["spec"]["successPolicy"]["targetReplicatedJobs"] == ["learner"]
+
+
+@pytest.mark.parametrize("script, flags", [("tpu_vm.sh", TPU), ("gke.sh", GKE), ("slurm.sh", SLURM)])
+def test_a_command_of_one_process_runs_once_or_is_refused(script, flags):
+    """Several of them would write the same files."""
+    result = launched(script, *flags, "--dry_run", "--command=serve")
+    assert result.returncode == 2 and "--command=serve is none of cold_start, train, evaluate" in result.stderr
+    result = launched(script, *flags, "--dry_run", "--command=convert")
+    if script == "gke.sh":
+        assert result.returncode == 2 and "one process" in result.stderr
+    else:
+        (line,) = [line for line in result.stdout.splitlines() if "ares_jax.convert" in line]
+        assert "--worker=0" in line if script == "tpu_vm.sh" else "#SBATCH --nodes=1" in result.stdout.splitlines()
+
+
+def test_the_image_holds_what_a_command_needs():
+    copied = re.findall(r"^COPY (\S+) \S+$", (LAUNCH / "Dockerfile").read_text(), re.MULTILINE)
+    packages = {path.parent.name for path in Path().glob("*/__init__.py")} - {"tests", "benchmarks"}
+    assert set(copied) == packages | {"requirements.txt", "launch"}
 
 
 def test_the_batch_script_is_one():
@@ -61,18 +85,26 @@ def test_the_batch_script_is_one():
     assert subprocess.run(["bash", "-n"], input=result.stdout, text=True).returncode == 0
     lines = result.stdout.splitlines()
     assert "#SBATCH --nodes=4" in lines and "#SBATCH --signal=TERM@120" in lines and "#SBATCH --requeue" in lines
+    assert "#SBATCH --exclusive" in lines and "#SBATCH --mem=0" in lines
     (run,) = [line for line in lines if line.startswith("srun ")]
+    assert '--cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}"' in run  # or a task has one core
     assert run.endswith("--config.aepo.steps=3 --config.model.dtype=a\\ b") and "--workdir=/shared/r" in run
+
+
+def test_a_part_of_a_node_is_asked_for():
+    result = launched("slurm.sh", *SLURM, "--cpus=16", "--memory=64G", "--dry_run")
+    lines = result.stdout.splitlines()
+    assert "#SBATCH --cpus-per-task=16" in lines and "#SBATCH --mem=64G" in lines and "#SBATCH --exclusive" not in lines
 
 
 def test_a_dry_run_on_tpu_runs_nothing_and_prints_all(tmp_path):
     result = launched("tpu_vm.sh", *TPU, "--spot", "--dry_run", env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stdout.splitlines() if line.startswith("+ ")]
-    steps = [line.split()[5] for line in lines]
-    assert steps == ["delete", "create", "scp", "ssh", "ssh"]
-    assert "--accelerator-type=v5p-128" in lines[1] and "--spot" in lines[1] and "--worker=all" in lines[4]
-    assert "ares_jax.train" in lines[4] and "--output-directory=logs/train.1" in lines[4]
+    steps = [line.split()[5] if "gcloud" in line else line.split()[1] for line in lines]
+    assert steps == ["delete", "create", "tar", "scp", "ssh", "ssh"]
+    assert "--accelerator-type=v5p-128" in lines[1] and "--spot" in lines[1] and "--worker=all" in lines[5]
+    assert "ares_jax.train" in lines[5] and "--output-directory=logs/train.1" in lines[5]
 
 
 def test_a_preempted_slice_is_made_again_and_the_command_resumed(tmp_path):
@@ -97,6 +129,42 @@ esac
     assert "attempt 1 of 20 ended, the slice is MISSING" in result.stderr
 
 
+def test_a_host_is_made_ready_and_what_an_earlier_attempt_left_is_told_to_go(tmp_path):
+    """With stand-ins for what it installs with; a second time nothing is installed or mounted again."""
+    home, bin = tmp_path / "home", tmp_path / "bin"
+    for folder in (bin, home / ".local" / "bin", tmp_path / "launch"):
+        folder.mkdir(parents=True)
+    tools = {
+        "sudo": 'exec "$@"', "curl": "echo key", "tee": "cat > /dev/null", "apt-get": "", "lsb_release": "echo jammy",
+        "mountpoint": f"[[ -e {tmp_path}/mounted ]]",
+    }  # fmt: skip
+    uv = "[[ $1 != venv ]] || { mkdir -p .venv/bin; printf '#!/bin/sh' > .venv/bin/python; chmod +x .venv/bin/python; }"
+    # Ubuntu's packages have no gcsfuse: it is there once they were installed.
+    tools["apt-get"] = (
+        f"[[ $1 != install ]] || {{ printf '#!/bin/bash\\necho \"$0 $*\" >> {tmp_path}/calls; touch {tmp_path}/mounted'"
+        f" > {bin}/gcsfuse; chmod +x {bin}/gcsfuse; }}"
+    )
+    for path, text in {**{bin / name: text for name, text in tools.items()}, home / ".local/bin/uv": uv}.items():
+        path.write_text(f'#!/bin/bash\necho "{path.name} $*" >> {tmp_path}/calls\n{text}\n')
+        path.chmod(0o755)
+    (tmp_path / "launch" / "worker.sh").write_text((LAUNCH / "worker.sh").read_text())
+    left = subprocess.Popen(["bash", "launch/worker.sh", "-", "sleep", "100"], cwd=tmp_path)
+    (tmp_path / "ares.pid").write_text(f"{left.pid}\n")
+    time.sleep(0.3)  # its trap is set
+    line = ["bash", (LAUNCH / "tpu_host.sh").absolute(), "bucket", tmp_path / "mnt"]
+    options = {"cwd": tmp_path, "env": {"HOME": str(home), "PATH": f"{bin}:/usr/bin:/bin"}}
+    waiting = subprocess.Popen(line, **options)
+    assert left.wait(timeout=20) != 0  # it, and the command in it, ended by SIGTERM
+    assert waiting.wait(timeout=20) == 0
+    calls = (tmp_path / "calls").read_text()
+    assert "uv venv --quiet --python 3.11 .venv" in calls and "-r requirements.txt jax[tpu]" in calls
+    assert "gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0" in calls and f"bucket {tmp_path}/mnt" in calls
+    (tmp_path / "calls").unlink()
+    assert subprocess.run(line, **options).returncode == 0
+    again = (tmp_path / "calls").read_text()
+    assert "gcsfuse" not in again and "venv --quiet" not in again and "apt-get" not in again
+
+
 def test_the_worker_hands_sigterm_on_and_asks_to_be_started_again(tmp_path):
     command = (
         f"trap 'touch {tmp_path}/stopped; exit 0' TERM; touch {tmp_path}/ready; for i in {{1..200}}; do sleep 0.05; done"
@@ -107,5 +175,6 @@ def test_the_worker_hands_sigterm_on_and_asks_to_be_started_again(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 75
     (tmp_path / "stopped").unlink()
+    assert launched("worker.sh", "-", "true").returncode == 75  # a service: its end is never wanted
     assert launched("worker.sh", tmp_path, "true").returncode == 0
     assert launched("worker.sh", tmp_path, "bash", "-c", "exit 3").returncode == 3

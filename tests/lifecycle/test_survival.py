@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from ares_jax.errors import UserError
 from ares_jax.lifecycle.memory import explained, is_out_of_memory
 from ares_jax.lifecycle.profiling import Profiler
 from ares_jax.lifecycle.startup import Startup
+from ares_jax.lifecycle.steps import Steps
 
 
 def started(folder, *arguments, devices=1):
@@ -102,6 +104,32 @@ def test_out_of_memory_says_what_to_change_and_leaves_a_profile(tmp_path):
     message = str(explained(error.value, tmp_path))
     assert "packing.rows" in message and f"{tmp_path}/memory.0.prof" in message
     assert (tmp_path / "memory.0.prof").stat().st_size > 0
+
+
+def test_goodput_counts_what_will_not_be_done_again(tmp_path, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr("ares_jax.lifecycle.steps.time", SimpleNamespace(time=lambda: clock[0]))
+
+    def pass_step(around, number, *, broken=False):
+        with around.step(number):
+            clock[0] += 10
+            if broken:
+                around.broken_off()
+
+    with Steps(tmp_path, watchdog=0) as around:
+        pass_step(around, 0)  # which compiles
+        pass_step(around, 1)
+        assert around.goodput() == 10 / 20
+        with pytest.raises(RuntimeError), around.step(2):
+            clock[0] += 10
+            raise RuntimeError
+        pass_step(around, 2, broken=True)
+        assert around.goodput() == 10 / 40
+    clock[0] += 40  # nobody runs it
+    with Steps(tmp_path, watchdog=0, state=around.state()) as again:
+        pass_step(again, 2)
+        pass_step(again, 3)
+        assert again.goodput() == 20 / 100
 
 
 def _trace(folder):

@@ -23,8 +23,9 @@ from ares_jax.models.qwen2_5_vl.config import PUBLISHED
 from ares_jax.models.qwen2_5_vl.model import abstract_model
 from ares_jax.parallel import aot
 from ares_jax.parallel.chips import TPUS
+from ares_jax.parallel.hlo import Work
 from ares_jax.parallel.sharding import batch_sharding, make_mesh
-from ares_jax.plan import candidates, kernel_flops, row_flops, table, with_full_rows
+from ares_jax.plan import candidates, colocated, kernel_flops, row_flops, search, table, with_full_rows
 from ares_jax.sampling.requests import rollout_request
 from configs import qwen2_5_vl
 from data_pipeline.packing import pack
@@ -124,6 +125,62 @@ def test_a_program_that_is_too_large_says_so(devices):
     config.sampler.update(pages=2**19, page_size=64)
     programs = aot.sampler_programs(config, shape, devices, ("decode",))
     assert "exceeds available HBM" in programs["decode"].refused and "too large" in table(programs, {}, TPUS["v5p"])
+
+
+def test_what_lies_beside_the_learner_is_counted():
+    """Gradients in float32 whatever the parameters are; a reference in the host's memory, but for its log-probs; LoRA."""
+    config, shape, mesh = planned("3b"), PUBLISHED["3b"], jax.devices()[:4]
+    plain = aot._learner(config, shape, mesh)[0]
+    assert plain["more"]["gradients"] == plain["more"]["parameters"] == plain["more"]["reference"]
+    assert "gradients" not in plain["log_probs"] and "gradients" not in plain["first"]
+    config.model.param_dtype = "bfloat16"
+    config.aepo.kl.reference = "host"
+    small = aot._learner(config, shape, mesh)[0]
+    assert small["more"]["parameters"] * 2 == small["more"]["gradients"] == plain["more"]["gradients"]
+    assert small["log_probs"]["reference"] == small["more"]["parameters"] and "reference" not in small["apply"]
+    config.lora.rank = 16
+    low_rank = aot._learner(config, shape, mesh)[0]
+    assert low_rank["more"]["gradients"] < small["more"]["gradients"] / 50
+    assert aot._fine_tuning(config, shape, mesh)[0]["more"]["optimizer"] < small["more"]["optimizer"] / 50
+
+
+def test_learner_and_sampler_of_one_chip_are_added_up():
+    config, chip = planned("7b"), TPUS["v5p"]
+
+    def program(temporary, **resident):
+        return aot.Compiled({k: v * GIB for k, v in resident.items()}, temporary * GIB, 0, 0, Work(), 0.0, "")
+
+    learner = {"more": program(23, parameters=1, gradients=1), "apply": program(0, parameters=1, gradients=1)}
+    sampler = {"decode": program(14, **{"parameters": 31, "KV pages": 28}), "prefill": program(14, **{"KV pages": 28})}
+    line = colocated(config, learner, sampler, chip)
+    assert "98.0 of 95 GiB, which does not fit: more sampler.tensor" in line and "the first 1 of each host's" in line
+    config.aepo.staleness = 0  # not at the same time; but new weights come while the old ones are there
+    assert "91.0 of 95 GiB" in colocated(config, learner, sampler, chip)
+    assert "fit" not in colocated(config, learner, sampler, chip)
+
+
+def test_a_mesh_that_does_not_divide_the_slice_is_refused():
+    config = planned("7b")
+    config.mesh.update(fsdp=-1, tensor=16)
+    with pytest.raises(UserError, match="mesh.tensor=16: 16 does not divide the 8 chips"):
+        with_full_rows(config, 8)
+
+
+def test_a_search_in_vain_says_so():
+    config = qwen2_5_vl.aepo("72b")
+    (line,) = search(config, PUBLISHED["72b"], "v5e:2x2", 0)
+    assert "settings fits 4 chips; take more" in line
+
+
+def test_decoding_counts_the_attention_of_its_kernel():
+    config, shape = planned("7b"), PUBLISHED["7b"]
+    context = config.sampler.max_prompt_tokens + config.sampler.max_response_tokens
+    tokens = config.sampler.slots * config.sampler.decode_steps
+    t = shape.text
+    by_hand = tokens * (2 * t.hidden_size * t.vocab_size + 4 * t.num_layers * t.num_heads * t.head_dim * context)
+    assert kernel_flops(config, shape, 4)["decode"] == by_hand
+    config.sampler.tensor = 4
+    assert kernel_flops(config, shape, 4)["decode"] == by_hand / 4
 
 
 def test_a_micro_batch_has_a_row_for_every_part_of_the_mesh():
