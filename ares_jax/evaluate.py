@@ -159,6 +159,7 @@ def _stages(config: ConfigDict, workdir: Path) -> None:
     """Accuracy and response length of every trained stage of a run on its test split."""
     from ares_jax.evaluation.harness import evaluate
     from ares_jax.metrics import stage, write_json
+    from ares_jax.parallel.distributed import from_first
     from ares_jax.workspace import everyone, open_workspace
 
     workspace, e = open_workspace(config, workdir), config.evaluation
@@ -168,8 +169,8 @@ def _stages(config: ConfigDict, workdir: Path) -> None:
         for version, name in enumerate(workspace.trained_stages()):
             step = workspace.checkpoints(name).latest()
             path = workdir / "evaluation" / f"{name}.json"
-            if path.exists() and json.loads(path.read_text()).get("step") == step:
-                continue  # these very weights were evaluated already
+            if from_first(lambda path=path, step=step: path.exists() and json.loads(path.read_text()).get("step") == step):
+                continue  # these very weights were evaluated already: all processes go by what one sees
             workspace.push(client, workspace.params(name), version)
             with tqdm(total=len(prompts), desc=f"evaluate {name}", unit="problem") as bar:
                 result = evaluate(

@@ -116,7 +116,9 @@ spec:
   successPolicy: {operator: All, targetReplicatedJobs: [learner]}
   replicatedJobs:
 YAML
-  job learner 1 "$learner" 0 Never "/runs/$workdir" "$command" "--workdir=/runs/$workdir" "--config.sampler.url=$urls" "$@"
+  # The slices come up one by one: the learner waits half an hour for samplers, not five minutes.
+  job learner 1 "$learner" 0 Never "/runs/$workdir" "$command" "--workdir=/runs/$workdir" "--config.sampler.url=$urls" \
+    --config.sampler.start_timeout=1800 "$@"
   # Samplers have folders of their own: a run's folder has one writer. They get their weights from the learner.
   job sampler "$samplers" "$sampler" 1000 OnFailure - serve "--workdir=/tmp/sampler" "--config.sampler.host=0.0.0.0" \
     "--config.sampler.port=8000" "$@"

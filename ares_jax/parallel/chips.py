@@ -31,7 +31,8 @@ TPUS = {
 # By a word of `jax.Device.device_kind`, the more special first.
 _PEAK_FLOPS = {
     "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v6": 918e12, "TPU7x": 1153e12,
-    "A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
+    "A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12, "H200": 989e12,
+    "GB200": 2500e12, "B200": 2250e12,
 }  # fmt: skip
 
 

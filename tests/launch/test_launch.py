@@ -148,7 +148,7 @@ def test_a_host_is_made_ready_and_what_an_earlier_attempt_left_is_told_to_go(tmp
         path.write_text(f'#!/bin/bash\necho "{path.name} $*" >> {tmp_path}/calls\n{text}\n')
         path.chmod(0o755)
     (tmp_path / "launch" / "worker.sh").write_text((LAUNCH / "worker.sh").read_text())
-    left = subprocess.Popen(["bash", "launch/worker.sh", "-", "sleep", "100"], cwd=tmp_path)
+    left = subprocess.Popen(["bash", "launch/worker.sh", "-", "sleep", "15"], cwd=tmp_path)
     (tmp_path / "ares.pid").write_text(f"{left.pid}\n")
     time.sleep(0.3)  # its trap is set
     line = ["bash", (LAUNCH / "tpu_host.sh").absolute(), "bucket", tmp_path / "mnt"]
