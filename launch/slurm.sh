@@ -32,16 +32,17 @@ for flag in workdir config; do
 done
 [[ $workdir == /* ]] || { echo "error: --workdir=$workdir; give an absolute path that all nodes see" >&2 && exit 2; }
 
+stop=$workdir
 case $command in
   cold_start | train | evaluate) ;;
-  convert | report) nodes=1 ;;
+  convert | report) nodes=1 stop=/dev/null ;; # a run that was stopped is exported, not gone on with
   *) echo "error: --command=$command is none of cold_start, train, evaluate, convert, report" >&2 && exit 2 ;;
 esac
 
 share=$'#SBATCH --exclusive\n#SBATCH --mem=0' # all of it
 [[ -z $cpus ]] || share="#SBATCH --cpus-per-task=$cpus${memory:+$'\n'#SBATCH --mem=$memory}"
 
-printf -v line ' %q' launch/worker.sh "$workdir" "$python" -m "ares_jax.$command" "--config=$config" "--workdir=$workdir" \
+printf -v line ' %q' launch/worker.sh "$stop" "$python" -m "ares_jax.$command" "--config=$config" "--workdir=$workdir" \
   --config.sampler.colocated=True "$@"
 
 script() {
@@ -62,7 +63,7 @@ set -uo pipefail
 # The cores are named, or srun gives a task one of them.
 srun --label --kill-on-bad-exit=0 --cpus-per-task="\${SLURM_CPUS_PER_TASK:-\$SLURM_CPUS_ON_NODE}"$line
 code=\$?
-if [[ -e "$workdir/stopped" ]]; then
+if [[ -e "$stop/stopped" ]]; then
   scontrol requeue "\$SLURM_JOB_ID"
 fi
 exit "\$code"

@@ -48,6 +48,8 @@ esac
 
 tpu=(gcloud compute tpus tpu-vm)
 mounted=/mnt/ares
+stop=$mounted/$workdir
+[[ $workers == all ]] || stop=/dev/null # a run that was stopped is exported, not gone on with
 
 run() { # prints a command, and runs it unless this is a dry run
   printf '+'
@@ -85,7 +87,7 @@ prepare() {
 printf -v overrides ' %q' "$@"
 [[ $# -gt 0 ]] || overrides=''
 # The number of the process, for the next attempt: this one may outlive its connection.
-line="cd ares && echo \$\$ > ares.pid && exec launch/worker.sh $mounted/$workdir .venv/bin/python -m ares_jax.$command"
+line="cd ares && echo \$\$ > ares.pid && exec launch/worker.sh $stop .venv/bin/python -m ares_jax.$command"
 line+=" --config=$config --workdir=$mounted/$workdir --config.sampler.colocated=True$overrides"
 
 for ((attempt = 1; attempt <= attempts; attempt++)); do
