@@ -167,7 +167,7 @@ def throughput(
 ) -> Rate | None:
     """Returns what the gradients and, if compiled, the reference's log-probs allow; None where one does not fit."""
     passes = {name: programs[name] for name in ("log_probs", "more") if name in programs}
-    if any(p.refused or p.peak > chip.hbm * _GIB for p in passes.values()):
+    if any(p.refused or p.peak > chip.usable * _GIB for p in passes.values()):
         return None
     kernels = kernel_flops(config, shape, chips)
     bounds = [bound(p, kernels[name], chip) for name, p in passes.items()]
@@ -207,7 +207,7 @@ def search(config: ConfigDict, shape: Qwen25VLConfig, name: str, compiled: int) 
     every = list(candidates(config, shape, len(devices)))
     for c in every:
         e = _estimate(c, shape, chip)
-        if e.memory < chip.hbm * _GIB:
+        if e.memory < chip.usable * _GIB:
             found.append((c.packing.rows * c.packing.row_tokens / e.seconds, c, e))
     found.sort(key=lambda x: -x[0])
     fitting = len(found)
@@ -306,7 +306,7 @@ def report(config: ConfigDict, shape: Qwen25VLConfig, name: str) -> Iterator[str
     if all(not x.refused for x in sampler.values()):
         cache = sampler["decode"].resident["KV pages"]
         longest = -(-(s.max_prompt_tokens + s.max_response_tokens) // s.page_size)
-        room = max(chip.hbm * _GIB - max(x.peak - cache for x in sampler.values()), 0)
+        room = max(chip.usable * _GIB - max(x.peak - cache for x in sampler.values()), 0)
         pages = int(room / (cache / s.pages))
         seconds = bound(sampler["decode"], kernels["decode"], chip).seconds
         yield (
@@ -327,11 +327,11 @@ def colocated(config: ConfigDict, learner: dict[str, Compiled], sampler: dict[st
     weights, cache = (sampler["decode"].resident[name] for name in ("parameters", "KV pages"))
     both = learns + draws if config.aepo.staleness else max(learns + weights + cache, state + draws)
     both = max(both, state + 2 * weights + cache)
-    fits = both <= chip.hbm * _GIB
+    fits = both <= chip.usable * _GIB
     remedy = "" if fits else ": more sampler.tensor, fewer sampler.pages, or samplers elsewhere (sampler.url)"
     return (
         f"with sampler.colocated=True the first {config.sampler.tensor} of each host's chips hold learner and sampler: "
-        f"{both / _GIB:.1f} of {chip.hbm} GiB{'' if fits else ', which does not fit'}{remedy}"
+        f"{both / _GIB:.1f} of {chip.usable} GiB{'' if fits else ', which does not fit'}{remedy}"
     )
 
 

@@ -68,8 +68,11 @@ def topology_devices(name: str) -> Sequence[Any]:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     if name.split(":")[0] not in TPUS:
         raise UserError(f"--topology={name}: give one of {', '.join(TPUS)} and a shape, such as v5p:2x2x2")
+    # Both cores of a v4 are one device to JAX on a TPU; the compiler takes them for two unless it is told.
+    options = {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1), "num_slices": 1}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        kind = options if name.startswith("v4:") else {}
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **kind).devices
     except Exception as error:
         reason = str(error).splitlines()[0][:200]
         raise UserError(

@@ -17,15 +17,16 @@ class Chip:
     hbm: int  # GiB
     bandwidth: float  # bytes a second, of its memory
     link: float  # bytes a second that it can send to its neighbours, all links together
+    usable: float  # GiB of `hbm` that the compiler (libtpu 0.0.51) gives to programs
     unit: str = "chips"  # what one is called
 
 
 TPUS = {
-    "v4": Chip(275e12, 32, 1228e9, 300e9),
-    "v5e": Chip(197e12, 16, 819e9, 200e9),
-    "v5p": Chip(459e12, 95, 2765e9, 600e9),
-    "v6e": Chip(918e12, 32, 1640e9, 400e9),
-    "tpu7x": Chip(1153e12, 96, 3690e9, 300e9, "half chips"),
+    "v4": Chip(275e12, 32, 1228e9, 300e9, 30.5),
+    "v5e": Chip(197e12, 16, 819e9, 200e9, 15.75),
+    "v5p": Chip(459e12, 95, 2765e9, 600e9, 95.0),
+    "v6e": Chip(918e12, 32, 1640e9, 400e9, 31.2),
+    "tpu7x": Chip(1153e12, 96, 3690e9, 300e9, 94.7, "half chips"),
 }
 
 # By a word of `jax.Device.device_kind`, the more special first.

@@ -75,7 +75,7 @@ def paper_config(size, stage):
 @pytest.mark.parametrize("size, stage", [(size, stage) for size in ("3b", "7b") for stage in ("cold_start", "aepo")])
 def test_the_step_of_a_shipped_config_fits_its_chips(steps, size, stage):
     program, config, shape = steps[size, stage](), paper_config(size, stage), PUBLISHED[size]
-    assert not program.refused and program.peak < TPUS["v5p"].hbm * GIB
+    assert not program.refused and program.peak < TPUS["v5p"].usable * GIB
     count = count_parameters(to_flat(abstract_model(shape)))
     assert program.resident["parameters"] == pytest.approx(4 * count / 8, rel=0.01)  # float32 over eight chips
     assert program.resident["optimizer"] == pytest.approx(8 * count / 8, rel=0.01)
@@ -153,9 +153,9 @@ def test_learner_and_sampler_of_one_chip_are_added_up():
     learner = {"more": program(23, parameters=1, gradients=1), "apply": program(0, parameters=1, gradients=1)}
     sampler = {"decode": program(14, **{"parameters": 31, "KV pages": 28}), "prefill": program(14, **{"KV pages": 28})}
     line = colocated(config, learner, sampler, chip)
-    assert "98.0 of 95 GiB, which does not fit: more sampler.tensor" in line and "the first 1 of each host's" in line
+    assert "98.0 of 95.0 GiB, which does not fit: more sampler.tensor" in line and "the first 1 of each host's" in line
     config.aepo.staleness = 0  # not at the same time; but new weights come while the old ones are there
-    assert "91.0 of 95 GiB" in colocated(config, learner, sampler, chip)
+    assert "91.0 of 95.0 GiB" in colocated(config, learner, sampler, chip)
     assert "fit" not in colocated(config, learner, sampler, chip)
 
 
@@ -216,6 +216,15 @@ def test_batches_have_the_shapes_that_are_compiled():
         (batch,) = pack(segments, **config.packing)
         expected = {name: (value.shape, value.dtype) for name, value in batch.items()}
         assert {name: (s.shape, s.dtype) for name, s in aot.batch_shapes(config, place, extras).items()} == expected
+
+
+@pytest.mark.parametrize(
+    "name, count", [("v4:2x2x1", 4), ("v5e:2x2", 4), ("v5p:2x2x1", 4), ("v6e:2x2", 4), ("tpu7x:2x2x1", 8)]
+)
+def test_a_slice_has_a_device_a_chip_but_two_of_ironwood(name, count):
+    assert len(aot.topology_devices(name)) == count
+    chip = TPUS[name.split(":")[0]]
+    assert chip.usable <= chip.hbm and (chip.unit == "half chips") == (count == 8)
 
 
 def test_an_unknown_slice_is_refused_with_the_remedy():
