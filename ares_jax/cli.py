@@ -59,12 +59,12 @@ def run(
     workdir = None
     try:
         config, workdir = _parse(sys.argv, config_optional, workdir_optional)
-        processes = processes() if callable(processes) else processes
-        if processes == "first" and (task := distributed.task())[0]:
+        how = processes if isinstance(processes, str) else processes()
+        if how == "first" and (task := distributed.task())[0]:
             said = f"task {task[0]} of {task[1]}: one process does this, task 0; --num_processes=1 makes this one do it, too"
             print(said, file=sys.stderr)
             return
-        if processes == "together":
+        if how == "together":
             distributed.initialize()
             STARTUP.mark("processes")
             _stop_on_sigterm()
