@@ -69,8 +69,7 @@ def topology_devices(name: str) -> Sequence[Any]:
     if name.split(":")[0] not in TPUS:
         raise UserError(f"--topology={name}: give one of {', '.join(TPUS)} and a shape, such as v5p:2x2x2")
     # Both cores of a v4 are one device to JAX on a TPU; the compiler takes them for two unless it is told.
-    megacore: dict[str, Any] = {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1), "num_slices": 1}
-    options = megacore if name.startswith("v4:") else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except Exception as error:
