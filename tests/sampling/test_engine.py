@@ -120,7 +120,7 @@ def test_prompts_are_padded_to_the_smallest_shape_and_their_trees_stay_the_same(
     trees, shapes = drawn(engine, asked[:1], asked[1:2], asked[2:], asked)
     assert shapes == 2 * [(1, 32, 8), (1, 48, 36), (1, 16, None)]  # together as alone
     widest = digits.engine()
-    widest._prompt_sizes, widest._patch_sizes = (64,), (48,)
+    widest._shapes._tokens, widest._shapes._patches = (64,), (48,)
     expected, shapes = drawn(widest, asked)
     assert shapes == [(4, 64, 48)]
     for alone, together in zip(trees[:3], trees[3:], strict=True):
