@@ -1,5 +1,6 @@
 """The engine's sizes, and the requests that can never fit into them."""
 
+import math
 from dataclasses import dataclass
 
 from ares_jax.errors import UserError
@@ -7,6 +8,8 @@ from ares_jax.models.qwen2_5_vl import Qwen25VLConfig
 from ares_jax.sampling.trajectory import RolloutRequest
 from data_pipeline.errors import DataError
 from data_pipeline.placeholders import vision_spans
+
+LOWEST_TEMPERATURE = 1e-4  # but for 0: logits divided by less may overflow
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class EngineOptions:
     window: int  # tokens of an entropy window
     kernel: str = "xla"  # implementation of `kernels.sample_with_entropy`
     prefill_layers: int = 16  # run between two decode calls
+    one_shape: bool = False  # of all decode calls, and a prompt a prefill: bits do not depend on what else is drawn
 
     def __post_init__(self):
         if self.max_prompt_tokens % self.page_size:
@@ -62,6 +66,21 @@ def check_request(request: RolloutRequest, options: EngineOptions, model: Qwen25
             f"problem {request.problem_id}: {tokens} prompt tokens, max_new_tokens={request.max_new_tokens}, "
             f"group_size={request.group_size}, root_leaves={request.root_leaves}; need a prompt, a token to draw and "
             "1 <= root_leaves <= group_size"
+        )
+    if not (request.temperature == 0 or LOWEST_TEMPERATURE <= request.temperature < math.inf):
+        raise UserError(
+            f"problem {request.problem_id}: temperature={request.temperature:g}; take 0 (the most likely token) or at least "
+            f"{LOWEST_TEMPERATURE:g}"
+        )
+    if not (0 <= request.top_p <= 1 and request.top_k >= 0 and request.tau_high == request.tau_high):
+        raise UserError(
+            f"problem {request.problem_id}: top_p={request.top_p:g}, top_k={request.top_k}, tau_high={request.tau_high:g}; "
+            "need 0 <= top_p <= 1, top_k >= 0 (0: off), and a number of nats"
+        )
+    if not 0 <= request.token_ids.min() <= request.token_ids.max() < model.text.vocab_size:
+        raise UserError(
+            f"problem {request.problem_id}: token ids {request.token_ids.min()} to {request.token_ids.max()}, the model has "
+            f"0 to {model.text.vocab_size - 1}; encode the prompt with its tokenizer"
         )
     if (patches := int(request.grid_thw.prod(axis=1).sum())) != len(request.patches):
         raise UserError(f"problem {request.problem_id}: {len(request.patches)} image patches, grid_thw says {patches}")
