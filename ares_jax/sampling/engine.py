@@ -269,9 +269,10 @@ class Engine:
         self._flush_copies()
         self._grow_pages()
         leaves = self._live
-        rows = bucket(len(leaves), o.max_slots)
-        longest = max(len(leaf.pages) for leaf in leaves)
-        width = min(self._table_width, bucket(longest, max(self._table_width, longest), smallest=8))
+        rows, width = o.max_slots, self._table_width
+        if not o.one_shape:
+            rows = bucket(len(leaves), rows)
+            width = bucket(max(len(leaf.pages) for leaf in leaves), width, smallest=8)
         table = page_table(leaves, rows, width)
         with self._on_mesh():
             self._kv_pages, _, drawn = self._programs.decode(

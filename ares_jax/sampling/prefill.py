@@ -42,7 +42,7 @@ class PromptShapes:
 
     def __init__(self, options: EngineOptions, patch_unit: int):
         """`patch_unit`: patches that the vision tower merges into a token."""
-        self._page_size, self._batch = options.page_size, options.prefill_batch
+        self._page_size, self._batch = options.page_size, 1 if options.one_shape else options.prefill_batch
         self._tokens = sizes(options.max_prompt_tokens, options.page_size)
         self._patches = (0, *sizes(options.max_prompt_patches, patch_unit))
 
@@ -56,8 +56,13 @@ class PromptShapes:
         for group in groups:
             tokens, patches = len(group.request.token_ids), len(group.request.patches)
             shapes[smallest(self._tokens, tokens), smallest(self._patches, patches)].append(group)
-        padded = [(alike, self._padded(alike, length, space)) for (length, space), alike in shapes.items()]
-        return [Filling(alike, prompts, parts(prompts)) for alike, prompts in padded]
+        fillings = []
+        for (length, space), alike in shapes.items():
+            for begin in range(0, len(alike), self._batch):
+                batch = alike[begin : begin + self._batch]
+                prompts = self._padded(batch, length, space)
+                fillings.append(Filling(batch, prompts, parts(prompts)))
+        return fillings
 
     def _padded(self, groups: Sequence[Group], length: int, space: int) -> Prompts:
         rows = bucket(len(groups), self._batch, smallest=1)
