@@ -78,7 +78,9 @@ class Group:
     def begin_leaf(self, pages: list[int], window: int) -> Leaf:
         """Begins the next waiting leaf on pages that hold its prefix."""
         parent, start = self.waiting.popleft()
-        columns = {name: np.zeros(self.request.max_new_tokens, kind) for name, kind in _COLUMNS.items()}
+        columns: dict[str, np.ndarray] = {
+            name: np.zeros(self.request.max_new_tokens, kind) for name, kind in _COLUMNS.items()
+        }
         if parent >= 0:
             for name, column in columns.items():
                 column[:start] = self.leaves[parent].columns[name][:start]
