@@ -88,6 +88,9 @@ def default_config() -> ConfigDict:
     s.decode_steps = 16  # tokens decoded per round trip to the host
     s.prefill_batch = 16  # prompts prefilled together
     s.prefill_layers = 16  # of the vision tower or the text decoder, run on them between two decode calls
+    # Decode all slots over whole page tables always, and prefill prompts one by one: a seed then gives the same bits,
+    # log-probs and all, whatever else is drawn. Otherwise they may differ by some 1e-6. Slower while slots are empty.
+    s.one_shape = False
     s.kernel = ""  # of the decode step: "tpu" (Pallas) or "xla"; empty: Pallas on a TPU, XLA elsewhere
     s.max_prompt_tokens = 4096  # text and image tokens
     s.max_prompt_patches = 16_384  # pixel patches of one prompt (four a merged vision token)

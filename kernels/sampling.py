@@ -53,7 +53,8 @@ def sample_with_entropy(
         at temperature 1.
       top_k: keep the k most likely tokens; 0 keeps all. Tokens as likely as the k-th are kept too.
       top_p: keep the most likely tokens until their probability reaches top_p, the token that crosses it included; 0
-        keeps the most likely only, 1 keeps all. Tokens as likely as the last one kept are kept too.
+        keeps the most likely only, 1 keeps all. Tokens as likely as the last one kept are kept too. With both, a token must
+        be kept by each: the probabilities are those of the full distribution, not of the top k.
       banned: tokens that are never drawn and are outside the normaliser.
       implementation: "tpu", "gpu" (Pallas; one device, so inside shard_map if there are more), "xla", "tpu_interpret",
         "gpu_interpret" (the Pallas kernels in the interpreter, for tests), or None: "xla", until a Pallas kernel has been
@@ -104,7 +105,8 @@ def sample_with_entropy(
             state.pending & ~here,
             jnp.where(here, token, state.token),
             jnp.where(here, jnp.where(defined, log_prob, jnp.nan), state.log_prob),
-            jnp.where(defined, entropy, jnp.nan),
+            # Drawing again is compiled apart and may round otherwise: a row's entropy must not depend on its neighbours.
+            jnp.where(state.attempt > 0, state.entropy, jnp.where(defined, entropy, jnp.nan)),
         )
 
     zeros, lowest = jnp.zeros(rows, jnp.float32), jnp.full(rows, LOWEST, jnp.float32)

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import UInt8
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from ares_jax.sampling.options import LOWEST_TEMPERATURE
 from ares_jax.sampling.requests import rollout_request
 from ares_jax.sampling.trajectory import Piece, RolloutRequest
 from ares_jax.service.text_stream import TextStream, token_bytes
@@ -23,12 +24,14 @@ from data_pipeline.problems import Problem
 from data_pipeline.prompts import Prompt, PromptEncoder
 
 MAX_CHOICES = 128
-_GREEDY_BELOW = 1e-4  # temperatures so low would overflow the logits
 _LOWEST_LOG_PROB = -9999.0  # OpenAI's number for what JSON cannot say
 _NEUTRAL: dict[str, tuple] = {  # of fields that the sampler does not follow; absent and null are neutral too
-    "audio": (), "frequency_penalty": (0,), "function_call": ("auto", "none"), "functions": ([],), "logit_bias": ({},),
-    "min_p": (0,), "modalities": (["text"],), "prediction": (), "presence_penalty": (0,), "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},), "tool_choice": ("auto", "none"), "tools": ([],), "top_logprobs": (0,),
+    "allowed_token_ids": (), "audio": (), "bad_words": ([],), "echo": (False,), "frequency_penalty": (0,),
+    "function_call": ("auto", "none"), "functions": ([],), "guided_choice": (), "guided_grammar": (), "guided_json": (),
+    "guided_regex": (), "ignore_eos": (False,), "logit_bias": ({},), "min_p": (0,), "min_tokens": (0,),
+    "modalities": (["text"],), "prediction": (), "presence_penalty": (0,), "prompt_logprobs": (),
+    "repetition_penalty": (1,), "response_format": ({"type": "text"},), "stop_token_ids": ([],), "structured_outputs": (),
+    "tool_choice": ("auto", "none"), "tools": ([],), "top_logprobs": (0,), "use_beam_search": (False,),
     "web_search_options": (),
 }  # fmt: skip
 
@@ -195,7 +198,7 @@ def rollout(chat: ChatModel, prompt: Prompt, room: int) -> RolloutRequest:
     temperature = 1.0 if chat.temperature is None else chat.temperature
     return rollout_request(
         prompt, seed=(secrets.randbelow(2**31) if chat.seed is None else chat.seed) % 2**31, group_size=chat.choices,
-        max_new_tokens=asked or room, temperature=temperature if temperature >= _GREEDY_BELOW else 0.0,
+        max_new_tokens=asked or room, temperature=temperature if temperature >= LOWEST_TEMPERATURE else 0.0,
         top_p=1.0 if chat.top_p is None else chat.top_p, top_k=max(chat.top_k or 0, 0),
     )  # fmt: skip
 

@@ -1,8 +1,8 @@
 """The images of a chat: out of data URLs, or from hosts that are allowed. A path or any other address is never opened."""
 
+import asyncio
 import io
 from collections.abc import Sequence
-from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
@@ -58,8 +58,8 @@ def decode_all(encoded: Sequence[bytes], *, max_pixels: int) -> list[UInt8[np.nd
 
 async def _fetched(url: str, hosts: Sequence[str], max_bytes: int) -> bytes:
     try:
-        host = urlsplit(url).hostname
-    except ValueError:
+        host = httpx.URL(url).host  # as the client that fetches it reads it: two parsers may see two hosts
+    except (httpx.InvalidURL, ValueError):
         host = None
     if host not in hosts:
         raise RefusedError(
@@ -68,7 +68,11 @@ async def _fetched(url: str, hosts: Sequence[str], max_bytes: int) -> bytes:
         )  # fmt: skip
     parts, size = [], 0
     try:
-        async with httpx.AsyncClient(timeout=_TIMEOUT) as client, client.stream("GET", url) as answer:
+        async with (
+            asyncio.timeout(_TIMEOUT),  # of the whole: httpx's own is for each piece
+            httpx.AsyncClient(timeout=_TIMEOUT) as client,
+            client.stream("GET", url) as answer,
+        ):
             if answer.status_code != 200:  # a redirect too: it could lead anywhere
                 raise RefusedError(422, f"image_url: {host} answered {answer.status_code}", field="messages")
             async for part in answer.aiter_bytes():
@@ -76,6 +80,6 @@ async def _fetched(url: str, hosts: Sequence[str], max_bytes: int) -> bytes:
                 if size > max_bytes:
                     raise RefusedError(413, f"image_url: more than {max_bytes} bytes from {host}", field="messages")
                 parts.append(part)
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-        raise RefusedError(422, f"image_url: {host}: {error or type(error).__name__}", field="messages") from None
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, TimeoutError) as error:
+        raise RefusedError(422, f"image_url: {host}: {str(error) or type(error).__name__}", field="messages") from None
     return b"".join(parts)

@@ -18,7 +18,7 @@ from safetensors.numpy import save
 
 from ares_jax.errors import UserError
 from ares_jax.sampling.trajectory import RolloutGroup, RolloutRequest
-from ares_jax.service.protocol import decode_group, encode_request
+from ares_jax.service.protocol import VERSION_HEADER, decode_group, encode_request
 from ares_jax.service.shared_memory import file_in
 
 _STREAMS = 2  # requests to a sampler at a time: the next is queued there while the last leaves of one are drawn
@@ -119,13 +119,17 @@ class RolloutClient:
         while (chunk := job.next_chunk(sampler)) is not None:
             try:
                 sampler.restore(self._pushed)
-                with contextlib.closing(sampler.ask([job.requests[index] for index in chunk])) as answers:
+                asked = [job.requests[index] for index in chunk]
+                with contextlib.closing(sampler.ask(asked, self._pushed)) as answers:
                     for answer in answers:
                         if answer is not None:
                             job.take(chunk[answer[0]], answer[1])
                         if job.over:  # what is left came from elsewhere: hanging up stops the work on it
                             return
                 job.answered(sampler, chunk)
+            except _FullError:
+                job.give_back(sampler, chunk)
+                time.sleep(0.2)
             except httpx.HTTPError as error:
                 job.give_back(sampler, chunk)
                 sampler.stale = True
@@ -221,6 +225,10 @@ class _Job:
             self.changed.notify_all()
 
 
+class _FullError(Exception):
+    """The sampler's queue has no room now."""
+
+
 class _Sampler:
     """The connection to one sampler."""
 
@@ -265,19 +273,27 @@ class _Sampler:
             if self.stale and pushed is not None:
                 self.put_weights(*pushed)
 
-    def ask(self, requests: Sequence[RolloutRequest]) -> Generator[tuple[int, RolloutGroup] | None, None, None]:
+    def ask(
+        self, requests: Sequence[RolloutRequest], pushed: tuple[bytes, int] | None
+    ) -> Generator[tuple[int, RolloutGroup] | None, None, None]:
         """Yields (index, group) as they finish, None as a sign of life.
 
-        Raises `httpx.HTTPError` if the sampler is lost before the last.
+        Raises `httpx.HTTPError` if the sampler is lost before the last, or has not the weights that were pushed;
+        `_FullError` if it has no room.
         """
         body = json.dumps({"groups": [encode_request(request) for request in requests]}).encode()
         with self._client.stream("POST", "/v1/rollouts", **_content(body, "application/json")) as answer:
+            if answer.status_code == 503 and "retry-after" in answer.headers:
+                self.down_since = None
+                raise _FullError
+            if answer.status_code in (502, 503, 504):  # a proxy, whose sampler is away
+                raise httpx.ReadError(f"HTTP {answer.status_code}")
             self.down_since = None
-            if answer.status_code == 503:
-                raise httpx.ReadError("the sampler's queue is full")
             if answer.status_code != 200:
                 answer.read()
                 raise UserError(f"sampler {self.url} refused the rollouts: {_reason(answer)}")
+            if pushed is not None and int(answer.headers.get(VERSION_HEADER, pushed[1])) < pushed[1]:
+                raise httpx.ReadError("it was started anew since the last request: its weights are other ones")
             count = 0
             for line in answer.iter_lines():
                 if not line:

@@ -7,7 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 _TOTALS = {
     "prefilled": "Prompt tokens prefilled",
-    "decoded": "Response tokens drawn, those drawn again after a preemption included",
+    "decoded": "Response tokens drawn",
     "groups": "Requests finished",
     "preempted": "Requests put back because the cache was full",
     "calls": "Calls of the decode program",

@@ -13,6 +13,7 @@ from ares_jax.sampling.trajectory import RolloutGroup, RolloutRequest, Trajector
 from ares_jax.service.chat import Message
 from data_pipeline.prompts import Prompt
 
+VERSION_HEADER = "ares-policy-version"  # of an answer with rollouts: of the weights when they were asked for
 _DTYPES = {"int32", "float32", "bool"}
 _REQUEST_ARRAYS = {"token_ids": "int32", "patches": "float32", "grid_thw": "int32", "positions": "int32"}
 _LEAF_ARRAYS = {
@@ -32,7 +33,7 @@ class ArrayModel(BaseModel):
 class _Draw(BaseModel):
     """How a tree is drawn: fields of `RolloutRequest`. An infinite tau_high is null. Integers fit the engine's arrays."""
 
-    model_config = ConfigDict(allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False, extra="forbid")  # nothing is drawn otherwise than was meant
     problem_id: str
     seed: int = Field(ge=0, lt=2**31)
     group_size: int = Field(ge=1, le=1024)
@@ -78,6 +79,7 @@ class ChatGroupModel(_Draw):
 class RolloutsModel(BaseModel):
     """Body of `POST /v1/rollouts`."""
 
+    model_config = ConfigDict(extra="forbid")
     groups: list[GroupModel | ChatGroupModel] = Field(min_length=1, max_length=4096)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from ares_jax.errors import UserError
@@ -23,7 +23,14 @@ from ares_jax.sampling.trajectory import RolloutRequest
 from ares_jax.service.chat import ChatFormat, RefusedError, error_body
 from ares_jax.service.chat_routes import ChatLimits, PromptMaker, chat_router, refused
 from ares_jax.service.prometheus import make_registry
-from ares_jax.service.protocol import ChatGroupModel, GroupModel, RolloutsModel, decode_request, encode_group
+from ares_jax.service.protocol import (
+    VERSION_HEADER,
+    ChatGroupModel,
+    GroupModel,
+    RolloutsModel,
+    decode_request,
+    encode_group,
+)
 from ares_jax.service.shared_memory import shared_folder
 from ares_jax.service.weight_routes import weight_router
 from ares_jax.service.worker import EngineLike, Worker
@@ -57,8 +64,7 @@ def make_app(
     in_flight = 0
     registry, answers = make_registry(worker.stats)
 
-    @app.middleware("http")
-    async def guard(request: Request, call_next):
+    def refusal(request: Request) -> Response | None:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         known = scheme.lower() == "bearer" and hmac.compare_digest(given.encode(), token.encode())
         if token and request.url.path != "/health" and not known:
@@ -66,7 +72,11 @@ def make_app(
         size = request.headers.get("content-length", "")
         if size.isdecimal() and int(size) > limits.body_bytes:
             return JSONResponse({"error": f"the body is larger than {limits.body_bytes} bytes"}, 413)
-        answer = await call_next(request)
+        return None
+
+    @app.middleware("http")
+    async def guard(request: Request, call_next):
+        answer = refusal(request) or await call_next(request)
         route = request.scope.get("route")  # not the path itself, of which a client could make up any number
         answers.labels(getattr(route, "path", "other"), answer.status_code).inc()
         return answer
@@ -150,7 +160,8 @@ def make_app(
                     worker.cancel(futures[index])
                 in_flight -= len(requests)
 
-        return StreamingResponse(lines(), media_type="application/x-ndjson")
+        headers = {VERSION_HEADER: str(worker.policy_version)}
+        return StreamingResponse(lines(), media_type="application/x-ndjson", headers=headers)
 
     return app
 

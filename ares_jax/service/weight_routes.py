@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, HTTPException, Query, Request
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from ares_jax.errors import UserError
 from ares_jax.service import weights
@@ -27,6 +27,7 @@ class WeightsModel(BaseModel):
     the old ones, and until they have, nothing else is begun.
     """
 
+    model_config = ConfigDict(extra="forbid")
     uri: str = Field(max_length=4096)
     version: int = Field(ge=0, lt=2**31)
     in_flight: InFlight = "continue"

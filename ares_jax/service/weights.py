@@ -26,11 +26,15 @@ def from_bytes(body: bytes) -> dict[str, np.ndarray]:
     except (SafetensorError, ValueError) as error:
         raise UserError(f"the body is no safetensors file ({error}); send one") from None
     for name, tensor in tensors:
-        if tensor["dtype"] not in _DTYPES:
-            raise UserError(f"tensor {name[:80]} is {tensor['dtype'][:20]}; only {', '.join(_DTYPES)} are taken")
+        _check_type(name, tensor["dtype"])
     return {
         name: np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]]).reshape(tensor["shape"]) for name, tensor in tensors
     }
+
+
+def _check_type(name: str, kind: str) -> None:
+    if kind not in _DTYPES:
+        raise UserError(f"tensor {name[:80]} is {kind[:20]}; only {', '.join(_DTYPES)} are taken")
 
 
 def find(uri: str, roots: Sequence[Path]) -> Path:
@@ -59,6 +63,8 @@ def read(path: Path, specs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any
     try:
         if path.is_file():
             with safe_open(path, framework="np") as file:
+                for name in file.keys():  # noqa: SIM118
+                    _check_type(name, file.get_slice(name).get_dtype())
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
         folder = path / PARAMS if (path / PARAMS).is_dir() else path
         found = ocp.PyTreeCheckpointHandler().metadata(folder).tree

@@ -17,8 +17,8 @@ OnDrawn = Callable[[list[Piece]], None]
 class EngineLike(Protocol):
     """What the worker needs of `ares_jax.sampling.Engine`."""
 
-    policy_version: int
-
+    @property
+    def policy_version(self) -> int: ...
     @property
     def busy(self) -> bool: ...
     @property

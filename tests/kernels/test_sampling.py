@@ -80,10 +80,13 @@ def test_draws_follow_the_exact_truncated_distribution(top_p, top_k):
     assert chi2 < freedom + 5 * np.sqrt(2 * freedom)
 
 
-def test_extreme_logits():
+@pytest.mark.parametrize("implementation", ["xla", "tpu_interpret", "gpu_interpret"])
+def test_extreme_logits(implementation):
     head = np.eye(8, dtype=np.float32)
     rows = np.stack([1e4 * np.eye(8)[3], np.zeros(8), -1e4 * np.eye(8)[0]]).astype(np.float32)
-    token, log_prob, entropy = sample_with_entropy(rows, head, jax.random.key(0), temperature=1.0, top_k=0, top_p=0.99)
+    token, log_prob, entropy = sample_with_entropy(
+        rows, head, jax.random.key(0), temperature=1.0, top_k=0, top_p=0.99, implementation=implementation
+    )
     assert token[0] == 3 and token[2] != 0
     np.testing.assert_allclose(log_prob, [0, -np.log(8), -np.log(7)], atol=1e-5)
     np.testing.assert_allclose(entropy, [0, np.log(8), np.log(7)], atol=1e-5)

@@ -31,6 +31,19 @@ def test_draws_after_many_misses_follow_the_exact_distribution():
     assert np.sum((counts[-3:] - expected) ** 2 / expected) < 13.8  # 2 degrees of freedom, p = .001
 
 
+def test_a_row_does_not_round_otherwise_because_another_draws_again():
+    hidden = jnp.array(np.random.default_rng(0).normal(size=(16, 24)), jnp.float32)
+    head = jnp.array(np.random.default_rng(1).normal(size=(5000, 24)), jnp.float32) * 0.05
+    draw = jax.jit(
+        lambda top_k: sample_with_entropy(
+            hidden, head, jax.random.key(2), temperature=0.9, top_k=top_k, top_p=jnp.float32(1)
+        )
+    )
+    calm, busy = draw(jnp.zeros(16, jnp.int32)), draw(jnp.zeros(16, jnp.int32).at[3].set(2))
+    for a, b in zip(calm, busy, strict=True):
+        np.testing.assert_array_equal(np.delete(a, 3), np.delete(b, 3))
+
+
 @BOTH
 @pytest.mark.parametrize("setting", [dict(top_p=0.0, top_k=0), dict(top_p=1.0, top_k=1)])
 def test_the_most_likely_token_is_never_truncated(implementation, setting):
@@ -40,6 +53,17 @@ def test_the_most_likely_token_is_never_truncated(implementation, setting):
         hidden, head, jax.random.key(0), temperature=5.0, implementation=implementation, **setting
     )
     np.testing.assert_array_equal(token, logits.argmax(1))
+
+
+@BOTH
+@pytest.mark.parametrize("setting", [dict(top_p=0.0, top_k=0), dict(top_p=1.0, top_k=1)])
+def test_equals_are_kept_together_and_the_first_is_the_greedy_one(implementation, setting):
+    hidden, head = identity_case(np.array([[1.0, 3.0, 0.0, 3.0]] * 32))
+    temperature = jnp.array([0.0] * 8 + [1.0] * 24)
+    token, _, _ = sample_with_entropy(
+        hidden, head, jax.random.key(0), temperature=temperature, implementation=implementation, **setting
+    )
+    assert set(np.asarray(token[:8])) == {1} and set(np.asarray(token[8:])) == {1, 3}
 
 
 @BOTH

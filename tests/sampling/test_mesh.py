@@ -14,6 +14,7 @@ from ares_jax.models.qwen2_5_vl.config import PUBLISHED
 from ares_jax.models.qwen2_5_vl.paged import cached_heads
 from ares_jax.parallel import aot
 from ares_jax.sampling.local import LocalSampler
+from ares_jax.sampling.rows import to_rows
 from ares_jax.workspace import sampler_mesh
 from configs import qwen2_5_vl
 from tests import digits
@@ -64,7 +65,7 @@ def test_a_decode_step_sends_hidden_states_and_statistics_only():
     engine, rows = split_engine(2), 16
     with engine._on_mesh():
         program = engine._programs.decode.lower(
-            engine._params, engine._kv_pages, np.zeros((rows, 8), np.int32), engine._rows([], rows)
+            engine._policy.params, engine._kv_pages, np.zeros((rows, 8), np.int32), to_rows([], rows, 3)
         ).compile()
     sent = re.findall(
         r"= (.*?) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", program.as_text()

@@ -4,6 +4,7 @@ The stand-in draws a token from a hash of what it finds in the row's pages. So a
 wrongly or written to by two leaves changes tokens, and a whole tree of the engine must equal one computed without pages.
 """
 
+import dataclasses
 import functools
 import math
 import zlib
@@ -296,6 +297,23 @@ def test_cancelled_requests_leave_nothing_behind():
 def test_impossible_requests_are_refused_with_the_limit(changes, words):
     with pytest.raises(UserError, match=words):
         new_engine().submit(request(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        *((dict(temperature=value), f"temperature={value:g}; take 0") for value in (1e-9, -1.0, math.inf, math.nan)),
+        *((dict(top_p=value), f"top_p={value:g}") for value in (1.5, -0.1, math.nan)),
+        (dict(top_k=-1), "top_k=-1"),
+        (dict(tau_high=math.nan), "tau_high=nan"),
+        *((dict(token_ids=np.array([1, value])), "the model has 0 to 447") for value in (-1, 448)),
+    ],
+)
+def test_what_would_draw_nonsense_is_refused(changes, words):
+    good = request(2)
+    new_engine().submit(good)
+    with pytest.raises(UserError, match=words):
+        new_engine().submit(dataclasses.replace(good, **changes))
 
 
 @given(

@@ -103,11 +103,11 @@ _LIMITS = Limits()
 
 
 @contextlib.contextmanager
-def serving(engine, *, token: str = "", limits: Limits = _LIMITS, **chat):
+def serving(engine, *, token: str = "", limits: Limits = _LIMITS, port: int = 0, **chat):
     """Yields the address of a server in a thread."""
     worker = Worker(engine)
     app = make_app(worker, model_name="fake", token=token, limits=limits, **chat)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=5))
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

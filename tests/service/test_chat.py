@@ -207,6 +207,8 @@ def image(url):
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "no tools"),
         ({"response_format": {"type": "json_object"}}, "no response_format"),
         ({"presence_penalty": 0.5}, "no presence_penalty"),
+        ({"extra_body": {"min_tokens": 5}}, "no min_tokens"),
+        ({"extra_body": {"guided_regex": "a+"}}, "no guided_regex"),
         ({"messages": image("data:image/png;base64,AAAA")}, "not a readable image"),
         ({"messages": image("data:image/png;base64,ö")}, "bad image data URL"),
         ({"messages": image("data:text/plain;base64,AAAA")}, "not an image data URL"),
@@ -262,15 +264,20 @@ def test_large_images_and_bodies_are_413():
         assert len(engine.submitted) == 1
 
 
-def test_images_come_from_allowed_hosts_only_and_redirects_are_not_followed():
+def test_images_come_from_allowed_hosts_only_in_time_and_redirects_are_not_followed(monkeypatch):
+    monkeypatch.setattr("ares_jax.service.chat_images._TIMEOUT", 0.5)
     data = base64.b64decode(SEEN[0]["content"][0]["image_url"]["url"].split(",")[1])
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(200 if self.path == "/a.png" else 302)
+            self.send_response(302 if self.path == "/b.png" else 200)
             self.send_header("Location", "/a.png")
             self.end_headers()
             self.wfile.write(data if self.path == "/a.png" else b"")
+            with contextlib.suppress(OSError):
+                while self.path == "/slow.png":  # a little now and then
+                    self.wfile.write(b"x")
+                    time.sleep(0.1)
 
         def log_message(self, *_):
             pass
@@ -288,6 +295,7 @@ def test_images_come_from_allowed_hosts_only_and_redirects_are_not_followed():
         for source, reason in (
             (f"{there}/b.png", "answered 302"),
             ("http://localhost/a.png", "not fetched from 'localhost'"),
+            (f"{there}/slow.png", "127.0.0.1: TimeoutError"),
         ):
             with pytest.raises(openai.UnprocessableEntityError, match=reason):
                 create(model="fake", messages=image(source))
@@ -358,5 +366,8 @@ def test_rollouts_take_messages_too(server, engine):
         assert got.token_ids.tolist() == leaf.token_ids.tolist() and got.parent == leaf.parent
     short = {"messages": QUESTION, "seed": 1, "max_new_tokens": 3}
     assert len(decode_group(httpx.post(f"{server}/v1/rollouts", json={"groups": [short]}).json()["group"]).leaves) == 8
-    for bad in ({**short, "messages": []}, {**short, "messages": image("http://x/a.png")}, {**short, "seed": -1}):
+    for bad in (
+        {**short, "messages": []}, {**short, "messages": image("http://x/a.png")}, {**short, "seed": -1},
+        {**short, "max_tokens": 3},  # no field of it: it would be ignored
+    ):  # fmt: skip
         assert httpx.post(f"{server}/v1/rollouts", json={"groups": [bad]}).status_code == 422

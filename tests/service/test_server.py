@@ -168,6 +168,10 @@ def test_metrics_are_what_prometheus_reads():
     assert families["ares_sampler_groups"].samples[0].value == 2
     told = {tuple(s.labels.values()): s.value for s in families["ares_sampler_answers"].samples if s.name.endswith("total")}
     assert told == {("/v1/rollouts", "200"): 1, ("other", "404"): 1}
+    with fake.serving(fake.FakeEngine(), token="secret") as url:
+        httpx.get(f"{url}/metrics")
+        text = httpx.get(f"{url}/metrics", headers={"Authorization": "Bearer secret"}).text
+    assert 'ares_sampler_answers_total{path="other",status="401"} 1.0' in text
 
 
 def test_sigterm_lets_running_groups_finish(tmp_path):

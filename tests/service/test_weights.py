@@ -83,6 +83,11 @@ def test_files_and_checkpoints_are_read_and_must_fit(tmp_path):
     (tmp_path / "empty").mkdir()
     for data in (tmp_path / "aepo/5/params").rglob("d/*"):
         data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    (tmp_path / "bf16.safetensors").write_bytes(save(stored(2, ml_dtypes.bfloat16)))
+    assert weights.read(tmp_path / "bf16.safetensors", SPECS)["w"].dtype == ml_dtypes.bfloat16
+    (tmp_path / "whole.safetensors").write_bytes(save(stored(2, np.int64)))
+    with pytest.raises(UserError, match="whole.safetensors: tensor w is I64; only F32"):
+        weights.read(tmp_path / "whole.safetensors", SPECS)
     for path in ("short.safetensors", "empty", "aepo/5"):
         with pytest.raises(UserError, match=f"{path}: .*no readable|{path}: no"):
             weights.read(tmp_path / path, SPECS)

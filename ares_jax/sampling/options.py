@@ -1,0 +1,91 @@
+"""The engine's sizes, and the requests that can never fit into them."""
+
+import math
+from dataclasses import dataclass
+
+from ares_jax.errors import UserError
+from ares_jax.models.qwen2_5_vl import Qwen25VLConfig
+from ares_jax.sampling.trajectory import RolloutRequest
+from data_pipeline.errors import DataError
+from data_pipeline.placeholders import vision_spans
+
+LOWEST_TEMPERATURE = 1e-4  # but for 0: logits divided by less may overflow
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Sizes of the engine: all shapes that are ever compiled follow from them."""
+
+    max_slots: int  # leaves decoded together
+    page_size: int  # tokens
+    num_pages: int
+    max_prompt_tokens: int
+    max_prompt_patches: int
+    max_context_tokens: int  # prompt and response
+    prefill_batch: int
+    decode_steps: int  # tokens between two looks of the host
+    window: int  # tokens of an entropy window
+    kernel: str = "xla"  # implementation of `kernels.sample_with_entropy`
+    prefill_layers: int = 16  # run between two decode calls
+    one_shape: bool = False  # of all decode calls, and a prompt a prefill: bits do not depend on what else is drawn
+
+    def __post_init__(self):
+        if self.max_prompt_tokens % self.page_size:
+            raise UserError(
+                f"sampler.max_prompt_tokens={self.max_prompt_tokens}: make it a multiple of page_size {self.page_size}"
+            )
+        if self.prefill_layers < 1:
+            raise UserError(f"sampler.prefill_layers={self.prefill_layers}: give at least 1")
+
+    def room(self, prompt_tokens: int, leaves: int) -> int:
+        """Returns the most tokens that each of `leaves` may draw after such a prompt; below 1 there is no room."""
+        pages = (self.num_pages - 1 - self.pages(prompt_tokens)) // leaves
+        return min(self.max_context_tokens, pages * self.page_size) - prompt_tokens
+
+    def pages(self, tokens: int) -> int:
+        """Returns how many pages hold so many tokens."""
+        return -(-tokens // self.page_size)
+
+
+def check_request(request: RolloutRequest, options: EngineOptions, model: Qwen25VLConfig) -> None:
+    """Raises `UserError` if a request can never fit, or its image tokens and image features do not match."""
+    o, tokens = options, len(request.token_ids)
+    context = tokens + request.max_new_tokens
+    limits = [
+        ("prompt tokens", tokens, o.max_prompt_tokens, "sampler.max_prompt_tokens"),
+        ("image patches", len(request.patches), o.max_prompt_patches, "sampler.max_prompt_patches"),
+        ("prompt and response tokens", context, o.max_context_tokens, "sampler.max_response_tokens"),
+    ]
+    pages = o.pages(tokens) + request.group_size * o.pages(context)
+    limits.append(("cache pages", pages, o.num_pages - 1, "sampler.pages"))
+    for what, value, limit, setting in limits:
+        if value > limit:
+            raise UserError(f"problem {request.problem_id}: {value} {what}, the limit is {limit}; raise {setting}")
+    if min(tokens, request.max_new_tokens) < 1 or not 1 <= request.root_leaves <= request.group_size:
+        raise UserError(
+            f"problem {request.problem_id}: {tokens} prompt tokens, max_new_tokens={request.max_new_tokens}, "
+            f"group_size={request.group_size}, root_leaves={request.root_leaves}; need a prompt, a token to draw and "
+            "1 <= root_leaves <= group_size"
+        )
+    if not (request.temperature == 0 or LOWEST_TEMPERATURE <= request.temperature < math.inf):
+        raise UserError(
+            f"problem {request.problem_id}: temperature={request.temperature:g}; take 0 (the most likely token) or at least "
+            f"{LOWEST_TEMPERATURE:g}"
+        )
+    if not (0 <= request.top_p <= 1 and request.top_k >= 0 and request.tau_high == request.tau_high):
+        raise UserError(
+            f"problem {request.problem_id}: top_p={request.top_p:g}, top_k={request.top_k}, tau_high={request.tau_high:g}; "
+            "need 0 <= top_p <= 1, top_k >= 0 (0: off), and a number of nats"
+        )
+    if not 0 <= request.token_ids.min() <= request.token_ids.max() < model.text.vocab_size:
+        raise UserError(
+            f"problem {request.problem_id}: token ids {request.token_ids.min()} to {request.token_ids.max()}, the model has "
+            f"0 to {model.text.vocab_size - 1}; encode the prompt with its tokenizer"
+        )
+    if (patches := int(request.grid_thw.prod(axis=1).sum())) != len(request.patches):
+        raise UserError(f"problem {request.problem_id}: {len(request.patches)} image patches, grid_thw says {patches}")
+    placeholders = {model.image_token_id, model.video_token_id}
+    try:
+        vision_spans(request.token_ids, request.grid_thw, placeholders, problem_id=request.problem_id)
+    except DataError as error:
+        raise UserError(str(error)) from None
