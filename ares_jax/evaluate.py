@@ -169,7 +169,7 @@ def _stages(config: ConfigDict, workdir: Path) -> None:
         for version, name in enumerate(workspace.trained_stages()):
             step = workspace.checkpoints(name).latest()
             path = workdir / "evaluation" / f"{name}.json"
-            if from_first(lambda path=path, step=step: path.exists() and json.loads(path.read_text()).get("step") == step):
+            if from_first(partial(_holds, path, step)):
                 continue  # these very weights were evaluated already: all processes go by what one sees
             workspace.push(client, workspace.params(name), version)
             with tqdm(total=len(prompts), desc=f"evaluate {name}", unit="problem") as bar:
@@ -181,6 +181,10 @@ def _stages(config: ConfigDict, workdir: Path) -> None:
             write_json(path, {**result, "step": step})
             tokens += sum(level["problems"] * level["mean_tokens"] for level in result["levels"].values())
         record["tokens"] = tokens
+
+
+def _holds(path: Path, step: int | None) -> bool:
+    return path.exists() and json.loads(path.read_text()).get("step") == step
 
 
 def _advance(bar: tqdm, index: int) -> None:
