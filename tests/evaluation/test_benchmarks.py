@@ -1,13 +1,18 @@
 """Every benchmark on rows in its published layout: prompts, pictures, references; right answers, wrong ones, and tricks."""
 
+import json
+
 import numpy as np
 import pytest
 
 from ares_jax.errors import UserError
 from ares_jax.evaluation import final_answer
-from ares_jax.evaluation.benchmark import Graded
+from ares_jax.evaluation.asking import Asked, Reply
+from ares_jax.evaluation.benchmark import Graded, Verdict
 from ares_jax.evaluation.benchmarks import BENCHMARKS, bbeh, chosen, mathvista, mmmu_pro, olympiadbench
+from ares_jax.evaluation.compare import compared
 from ares_jax.evaluation.published import find_folder
+from ares_jax.evaluation.results import Outcome, summary
 from ares_jax.evaluation.scores import Answered, measured
 from tests.evaluation import published_layouts
 
@@ -331,6 +336,24 @@ def test_bbeh_takes_the_harmonic_mean_over_tasks(samples):
     found = scored(samples, "bbeh", lambda s: s.sample_id.startswith("word"))
     assert found == {"harmonic": pytest.approx(2 / (1 / 1.01 + 1 / 0.01)), "micro": 1.0}
     assert bbeh.harmonic(np.ones(3), [{"task": t} for t in "aab"]) == pytest.approx(1.01)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_two_evaluations_are_compared_from_their_files_alone(samples, name):
+    """Both hold what every metric of the benchmark needs: side by side they score as they did."""
+
+    def written(right):
+        outcomes = [
+            Outcome(sample, repeat, Reply("x", tokens=3), Verdict(right(place)))
+            for place, sample in enumerate(samples[name])
+            for repeat in range(BENCHMARKS[name].repeats)
+        ]
+        return {name: json.loads(json.dumps(summary(BENCHMARKS[name], outcomes, Asked("u", "m"), None)))}
+
+    a, b = written(lambda place: place % 2 == 0), written(lambda place: place > 0)
+    for row in compared(a, b, BENCHMARKS):
+        assert row.a == pytest.approx(a[name]["metrics"]["scores"][row.metric]["value"])
+        assert row.b == pytest.approx(b[name]["metrics"]["scores"][row.metric]["value"])
 
 
 def test_mmmu_pro_is_the_mean_of_its_settings():

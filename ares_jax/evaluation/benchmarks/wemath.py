@@ -62,8 +62,8 @@ def loose(graded: Sequence[Graded]) -> float:
 
 
 def _parts(graded: Sequence[Graded]) -> tuple[list[float], float]:
-    steps = [item.score for item in graded if item.sample.facts["step"] != "multi"]
-    return steps, max((item.score for item in graded if item.sample.facts["step"] == "multi"), default=0.0)
+    steps = [item.score for item in graded if item.sample.groups["step"] != "multi"]
+    return steps, max((item.score for item in graded if item.sample.groups["step"] == "multi"), default=0.0)
 
 
 def _sample(row, folder: Path) -> Sample:
@@ -78,7 +78,6 @@ def _sample(row, folder: Path) -> Sample:
         str(value(row, "answer")),
         unit=f"{row['ID']}/{steps}",
         groups={"steps": steps, "step": step, "concept": str(row.get("knowledge concept", ""))},
-        facts={"step": step},
     )
 
 
