@@ -150,10 +150,13 @@ RIGHT_OR_WRONG = [  # benchmark, row, {response: verdict}
     ("mathvista", 0, {
         r"\boxed{C}": True, "(C) smaller than": True, r"\boxed{smaller than}": True, r"\boxed{smaler than}": True,
         r"\boxed{larger than}": False, "The answer is (B).": False, "No idea, it could be\nanything": None,
+        "**smaller than**": True, "Smaller than.": True, "equal to!": False,
     }),
     ("mathvista", 1, {r"\boxed{1.45}": True, r"\boxed{1.449}": True, r"\boxed{\$1.45}": True, r"\boxed{1.4}": False,
     "": None}),
-    ("mathvista", 2, {"The answer is 14.": True, r"\boxed{14.0}": True, r"\boxed{15}": False, r"\boxed{about many}": None}),
+    ("mathvista", 2, {"The answer is 14.": True, r"\boxed{14.0}": True, r"\boxed{15}": False, r"\boxed{about many}": None,
+        r"\boxed{AB = 14}": True, r"\boxed{\approx 14}": True, "The answer is about 14.": True, r"\boxed{x = 15}": False,
+    }),
     ("mathvista", 3, {
         r"\boxed{[2007, 2008]}": True, "The answer is [2007,2008].": True, r"\boxed{2007, 2008}": True,
         r"\boxed{[2008, 2007]}": False,
@@ -166,7 +169,8 @@ RIGHT_OR_WRONG = [  # benchmark, row, {response: verdict}
     }),
     ("dynamath", 1, {
         '{"short answer": "B"}': True, '{"short answer": "(b) no"}': True,
-        '{"short answer": "a or b"}': None, '{"short answer": "B. no"}': True,
+        '{"short answer": "a or b"}': None, "{'solution': 'x', 'short answer': 'B'}": True,
+        '{"short answer": "B. no"}': True,
         '{"short answer": "A"}': False, r"\boxed{B}": True, '{"short answer": "b"}': True, '{"short answer": "(b)"}': True,
     }),
     ("dynamath", 2, {
@@ -175,6 +179,8 @@ RIGHT_OR_WRONG = [  # benchmark, row, {response: verdict}
     ("wemath", 0, {
         "<Thought process>: <<2>> <Answer>: <<B>>": True, "<Answer>: <<B. 2>>": True, r"\boxed{B}": True,
         "<Answer>:B.": True,
+        "<Answer>: <<$B$>>": True, r"<Answer>: <<\text{B}>>": True, "<Answer> B </Answer>": True,
+        "<Answer> C </Answer>": False,
         "<Answer>: <<C>>": False, "Answer: Because it is large": False, "<Answer>: <<B>> no, \\boxed{C}": False, "": False,
     }),
     ("logicvista", 0, {r"\boxed{C}": True, "The answer is C.": True, r"\boxed{A, C}": False, "C": True, "Hm.\nNo.": None}),
@@ -216,6 +222,7 @@ RIGHT_OR_WRONG = [  # benchmark, row, {response: verdict}
     ("olympiadbench", 0, {
         r"所以最终答案是9.8 m/s。": True, r"所以最终答案是\boxed{9.8\text{米/秒}}。": True,
         "所以最终答案是：\n\n$$\\boxed{9.8}$$": True,
+        r"\boxed{\sqrt{96}}": True, r"\boxed{3\pi}": False, r"\boxed{\sqrt{x}}": False,
         r"所以最终答案是\boxed{9.75}(m/s)。": True, r"\boxed{9.6}": False, r"\boxed{9.8}": True,
     }),
     ("aime24", 0, {
@@ -254,7 +261,8 @@ def test_answers(samples, name, index, cases):
 
 
 CHOSEN = (  # how models say that they choose X; Y is another option
-    "X", "**X**", "(X)", "X)", "X. 7", "X\n\nExplanation: Y is too small.", "The answer is **X**.", "The answer is (X) 12",
+    "X", "**X**", "(X)", "X)", "X. 7", "**X. 7**", "**X.** 7",
+    "X\n\nExplanation: Y is too small.", "The answer is **X**.", "The answer is (X) 12",
     "**Answer: X**", "**Answer:** X", "Answer: X. because of that", "### Final Answer\n\n**X**", r"So the answer is \(X\).",
     "Options:\n(A) one\n(B) two\n(C) three\n(D) four\n\nWe compute. So the correct option is (X).",
     "The correct answer is **Option X**: 7.",
