@@ -318,6 +318,11 @@ def test_gpqa_takes_the_letter_of_the_shuffled_answer(samples):
     assert {r: BENCHMARKS["gpqa"].grade(sample, r).correct for r in cases} == cases
 
 
+def test_olympiad_answers_that_are_matrices_or_sets_keep_their_rows():
+    assert olympiadbench._split(r"$\begin{pmatrix} 1 \\ 2 \end{pmatrix}$") == [r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"]
+    assert olympiadbench._split(r"\left\{1,\ 2\right\}, (3,4)") == ["1", "2", "(3,4)"]
+
+
 def scored(samples, name, right):
     graded = [Graded(sample, float(right(sample))) for sample in samples[name]]
     result = measured(BENCHMARKS[name].metrics, [Answered(item, 1) for item in graded])

@@ -89,7 +89,7 @@ def _formulas(text: str) -> str:
 
 def _split(answer: str) -> list[str]:
     """Returns the answers between commas that stand in no bracket; x \\pm y is two."""
-    text = re.sub(r"\\left|\\right|\$|\\,|\\;|\\ ", "", answer.replace("，", ",").replace("\\{", "").replace("\\}", ""))
+    text = re.sub(r"\\left|\\right|\$|(?<!\\)\\[,; ]", "", answer.replace("，", ",").replace("\\{", "").replace("\\}", ""))
     text = text.partition("\\in ")[2] or text  # x \in [0, 1]
     text = re.sub(r"\\text\{\s*(?:and|or|或|和)\s*\}", ",", text)
     parts, depth, start = [], 0, 0
