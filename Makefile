@@ -30,10 +30,10 @@ clean:  ## forget the demo's run; the installation stays
 .venv/bin/python:
 	$(PYTHON) -m venv .venv || ($(PYTHON) -m pip install virtualenv && $(PYTHON) -m virtualenv .venv)
 
-.venv/.installed: requirements.txt | .venv/bin/python
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+.venv/.installed: requirements.txt requirements.lock | .venv/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock -r requirements.txt
 	touch $@
 
-.venv/.installed-test: requirements-test.txt requirements.txt | .venv/bin/python
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-test.txt
+.venv/.installed-test: requirements-test.txt requirements.txt requirements.lock | .venv/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock -r requirements-test.txt
 	touch $@ .venv/.installed

@@ -16,7 +16,7 @@ COMMANDS = {
     },
     "Look": {
         "infer": "ask a model about images and videos",
-        "evaluate": "accuracy and tokens of every stage of a run",
+        "evaluate": "a model on the paper's benchmarks, a run's stages, two evaluations compared",
         "report": "table and page of a run",
         "plan": "does a run fit on a TPU slice?",
     },

@@ -67,7 +67,9 @@ _PATIENCE = flags.DEFINE_float("patience", 300.0, "seconds of an endpoint that i
 _LIMIT = flags.DEFINE_integer("limit", 0, "only the first so many samples of each benchmark; 0: all", lower_bound=0)
 _JUDGE = flags.DEFINE_string("judge_model", None, "model that decides what rules cannot, where a benchmark has a judge")
 _JUDGE_URL = flags.DEFINE_string("judge_base_url", None, "its endpoint; by default --openai-base-url")
-_JUDGE_KEY = flags.DEFINE_string("judge_api_key", "", "its key; by default what OPENAI_API_KEY holds")
+_JUDGE_KEY = flags.DEFINE_string(
+    "judge_api_key", "", "its key; by default that of the same endpoint, at another what OPENAI_API_KEY holds"
+)
 _COMPARE = flags.DEFINE_list("compare", None, "two --output-dir, or results files, side by side")
 
 
@@ -92,19 +94,21 @@ def _processes() -> cli.Processes:
 def _benchmarks(config: ConfigDict | None, workdir: Path | None) -> None:
     """The paper's benchmarks, asked over HTTP. Exits with 1 if a sample stayed without an answer."""
     from ares_jax.evaluation.benchmarks import chosen
+    from ares_jax.evaluation.published import find_folder
     from ares_jax.evaluation.report import line
     from ares_jax.evaluation.results import run_benchmark
 
-    benchmarks, output = chosen(_DATASETS.value), Path(_OUTPUT.value)
+    benchmarks, output, data = chosen(_DATASETS.value), Path(_OUTPUT.value), Path(_DATASET_DIR.value)
+    for benchmark in benchmarks:  # what is missing is named before a model is loaded, not hours later
+        find_folder(benchmark, data)
     cache = Path(_CACHE.value) if _CACHE.value else output / "cache"
     errors = 0
     with _endpoint(config, workdir, output) as asked:
         judge = _judge_endpoint(asked)
         for benchmark in benchmarks:
             result = run_benchmark(
-                benchmark, asked, dataset_dir=Path(_DATASET_DIR.value), cache_dir=cache, output_dir=output, judge=judge,
-                limit=_LIMIT.value,
-            )  # fmt: skip
+                benchmark, asked, dataset_dir=data, cache_dir=cache, output_dir=output, judge=judge, limit=_LIMIT.value
+            )
             print(line(result), flush=True)
             errors += result["metrics"]["errors"]
     if errors:
@@ -131,10 +135,9 @@ def _endpoint(config: ConfigDict | None, workdir: Path | None, output: Path) -> 
 def _judge_endpoint(asked: Asked) -> Asked | None:
     if not _JUDGE.value:
         return None
-    return Asked(
-        _JUDGE_URL.value or _URL.value, _JUDGE.value, _JUDGE_KEY.value or _KEY.value, threads=asked.threads,
-        retries=asked.retries, patience=asked.patience,
-    )  # fmt: skip
+    url = _JUDGE_URL.value or _URL.value
+    key = _JUDGE_KEY.value or (_KEY.value if url == _URL.value else "")  # one host's key is not for another to see
+    return Asked(url, _JUDGE.value, key, threads=asked.threads, retries=asked.retries, patience=asked.patience)
 
 
 def _compare(runs: list[str]) -> None:

@@ -1,5 +1,6 @@
 """How the project is installed: from its clone, without ever putting a package `kernels` into site-packages."""
 
+import importlib.metadata
 import importlib.util
 import re
 import shlex
@@ -11,6 +12,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from ares_jax import __version__
 from ares_jax.__main__ import COMMANDS
@@ -55,6 +58,39 @@ def test_the_extra_for_tests_is_the_file_for_tests():
     lines = [line.split("#")[0].strip() for line in (ROOT / "requirements-test.txt").read_text().splitlines()]
     assert extras["test"] == [line for line in lines if line and not line.startswith("-")]
     assert set(extras) == {"tpu", "cuda", "eval", "test"}
+
+
+def requirements(name):
+    """The lines of a requirements file, without its comments, and its comments."""
+    lines = [line.partition("#") for line in (ROOT / name).read_text().splitlines()]
+    return [(line.strip(), reason.strip()) for line, _, reason in lines if line.strip() and not line.startswith("-")]
+
+
+def test_every_requirement_is_pinned_with_its_reason():
+    for name in ("requirements.txt", "requirements-test.txt", "requirements.lock"):
+        for line, reason in requirements(name):
+            assert re.fullmatch(r"[\w.-]+==[\w.]+( ; .*)?", line) and reason, f"{name}: {line}"
+
+
+def test_the_lock_holds_all_that_is_needed_here():
+    """What the requirements ask for, and what these ask for, in the versions that the requirements name."""
+    locked = {}
+    for line, _ in requirements("requirements.lock"):
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate():
+            locked[canonicalize_name(requirement.name)] = requirement.specifier
+    named = [Requirement(line) for line, _ in requirements("requirements.txt")]
+    assert all(locked[canonicalize_name(r.name)] == r.specifier for r in named)
+    todo, done = list(named), set()
+    while todo:
+        needed = todo.pop()
+        name = canonicalize_name(needed.name)
+        assert name in locked, f"{name} is not in requirements.lock; its head says how it is made"
+        extras = needed.extras or {""}
+        if (name, *extras) not in done:
+            done.add((name, *extras))
+            below = map(Requirement, importlib.metadata.requires(name) or [])
+            todo += [r for r in below if r.marker is None or any(r.marker.evaluate({"extra": extra}) for extra in extras)]
 
 
 def test_a_wheel_is_refused_with_the_way_to_install(clone):

@@ -16,7 +16,8 @@ _REWRITES = [
     for pattern, replacement in (
         (r"√\s*([0-9]+|[A-Za-z])", r"\\sqrt{\1}"),
         (r"\{,\}", ","),  # 1{,}000
-        (r"\\[,;:!> ]|\\q?quad\b|~", " "),
+        (r"\\\\\s*\[[0-9. ]+[a-z]{2}\]", r"\\\\"),  # a matrix's row that ends with some space
+        (r"(?<!\\)\\[,;:!> ]|\\q?quad\b|~", " "),  # not the end of a matrix's row
         (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])", ""),
         (r"\\[dtc]frac\b", r"\\frac"),
         (r"\\frac\s*([0-9])\s*([0-9])(?![0-9])", r"\\frac{\1}{\2}"),

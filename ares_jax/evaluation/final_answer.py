@@ -20,7 +20,7 @@ _ANSWERED = re.compile(
 )
 _PICKED = re.compile(r"(?:(?i:\b(?:option|choice))|选项)[*_\s]*+[:：]?\s*+(?:(?i:is\s+)|[是为])?" + _OPTION)
 _ALONE = re.compile(r"[*_$\s(\[（#]*+(?:\\\(\s*+)?" + _WRAP + r"(?:\s*+\\\))?[*_$\s)\]）.:。]*+")
-_LEADING = re.compile(r"\(?([A-Z])[).:]\s+\S")
+_LEADING = re.compile(r"[*_$]*+\(?([A-Z])[).:][*_]*+\s+\S")
 _DISPLAY = r"(?:(?:\\\[|\$\$)[ \t]*+\n\s*+)?"  # of a formula on lines of its own
 _BEHIND = re.compile(
     rf"(?:final answer|answer)(?:\s+is)?[*_]*+\s*+[:：]\s*+{_DISPLAY}(.+)|(?:final answer|answer) is\s+(.+)"

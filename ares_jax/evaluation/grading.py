@@ -45,15 +45,18 @@ def is_correct(response: str, answer: str) -> bool:
     return given is not None and same_answer(given, answer)
 
 
-def same_answer(given: str, wanted: str) -> bool:
-    """Says whether two bare answers are equal. An empty one equals nothing."""
+def same_answer(given: str, wanted: str, tolerance: float = 0.0) -> bool:
+    """Says whether two bare answers are equal. An empty one equals nothing.
+
+    Numbers that only algebra finds, such as sqrt(5), may be `tolerance` apart.
+    """
     if len(given) > _LONGEST:
         return False
     given, wanted = cleaned(given), cleaned(wanted)
     if not given or not wanted:
         return False
     verdict = exact_verdict(given, wanted)
-    return same_mathematics(_latex(given), _latex(wanted)) if verdict is None else verdict
+    return same_mathematics(_latex(given), _latex(wanted), tolerance) if verdict is None else verdict
 
 
 def _latex(text: str) -> str:

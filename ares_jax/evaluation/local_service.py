@@ -1,6 +1,7 @@
 """A local checkpoint behind a service that the command starts itself."""
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,9 +34,13 @@ def local_service(checkpoint: Path, config: ConfigDict | None, folder: Path, max
     `max_tokens` fit. Its files go to `folder`.
 
     Raises:
-      UserError: it is neither, or the service does not start.
+      UserError: it is neither, a run is given another config than its own, or the service does not start.
     """
     if (checkpoint / "checkpoints").is_dir() and (checkpoint / "config.json").is_file():
+        if config is not None:
+            raise UserError(
+                f"--config does not go with --checkpoint={checkpoint}: a run has its own, {checkpoint}/config.json"
+            )
         folder = checkpoint.resolve()
         patience = json.loads((folder / "config.json").read_text())["sampler"]["start_timeout"]
     elif (checkpoint / "config.json").is_file():
@@ -53,11 +58,16 @@ def local_service(checkpoint: Path, config: ConfigDict | None, folder: Path, max
         raise UserError(f"--checkpoint={checkpoint}: neither a Hugging Face folder nor a run's; both hold a config.json")
     arguments = [f"--config={_RESOLVED}:{folder / 'config.json'}", f"--workdir={folder}"]
     with start_sampler(arguments, folder=folder, timeout=patience) as process:
-        yield LocalService(process.url, folder.name, _identity(checkpoint))
+        yield LocalService(process.url, folder.name, _identity(checkpoint, folder / "config.json"))
 
 
-def _identity(checkpoint: Path) -> str:
-    """Returns the checkpoint's place and the time of its newest file: new weights are asked anew."""
+def _identity(checkpoint: Path, config: Path) -> str:
+    """Returns the checkpoint's place, the time of its newest file, and what the service makes of an image or a weight.
+
+    Other weights, another format prompt or another dtype are asked anew.
+    """
+    sections = json.loads(config.read_text())
+    digest = hashlib.blake2b(json.dumps([sections["data"], sections["model"]]).encode(), digest_size=6).hexdigest()
     files = list(checkpoint.glob("checkpoints/*/*")) or list(checkpoint.glob("*"))
     newest = max((path.stat().st_mtime_ns for path in files), default=0)
-    return f"{checkpoint.resolve()}@{newest}"
+    return f"{checkpoint.resolve()}@{newest}/{digest}"

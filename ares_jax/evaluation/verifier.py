@@ -26,13 +26,13 @@ class _Worker:
     def __init__(self):
         self._process: subprocess.Popen | None = None
 
-    def ask(self, given: str, wanted: str) -> bool:
+    def ask(self, given: str, wanted: str, tolerance: float = 0.0) -> bool:
         """Returns its verdict; False if the pair ended it (too long, too much memory, a crash)."""
         if self._process is None or self._process.poll() is not None:
             self._start()
         assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
         try:
-            self._process.stdin.write(json.dumps([given, wanted]) + "\n")
+            self._process.stdin.write(json.dumps([given, wanted, tolerance]) + "\n")
             self._process.stdin.flush()
             answer = self._process.stdout.readline()
         except OSError:  # it died between two pairs
@@ -73,10 +73,10 @@ def _workers() -> queue.LifoQueue:
 
 
 @functools.lru_cache(maxsize=100_000)  # the leaves of a group often give the same answer
-def same_mathematics(given: str, wanted: str) -> bool:
-    """Says whether two LaTeX answers are equal by math-verify's rules. Safe in threads.
+def same_mathematics(given: str, wanted: str, tolerance: float = 0.0) -> bool:
+    """Says whether two LaTeX answers are equal by math-verify's rules, or numbers at most `tolerance` apart.
 
-    Answers longer than `LONGEST` characters, and pairs that take more than `CPU_SECONDS`, are unequal.
+    Safe in threads. Answers longer than `LONGEST` characters, and pairs that take more than `CPU_SECONDS`, are unequal.
 
     Raises:
       UserError: math-verify cannot be started.
@@ -86,7 +86,7 @@ def same_mathematics(given: str, wanted: str) -> bool:
     idle = _workers()
     worker = idle.get()
     try:
-        return worker.ask(given, wanted)
+        return worker.ask(given, wanted, tolerance)
     except BaseException:  # Ctrl-C while it answers: what it says later belongs to no question
         worker.stop()
         raise

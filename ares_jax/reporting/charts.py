@@ -132,7 +132,7 @@ def entropy_along(record: dict, leaf_index: int) -> Figure:
     question = textwrap.shorten(record["question"], 90, placeholder=" ...")
     axis.set_title(_plain(f"step {record['step']}: {question}" if "step" in record else question), loc="left")
     axis.grid(axis="x", visible=False)
-    figure.legend(loc="outside lower center", ncols=3)
+    figure.legend(loc="outside lower left", ncols=3)
     return figure
 
 
@@ -145,7 +145,7 @@ def _per_level(run: Run, panels: list[tuple[str, str]]) -> Figure | None:
             steps, values = series(run.metrics, f"{name}/{level}")
             axis.plot(steps, values, color=COLORS[level], label=level, marker="o" if len(steps) < 20 else None, ms=4)
         axis.set(title=title, xlabel="step")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(LEVELS))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=len(LEVELS))
     return figure
 
 

@@ -164,7 +164,7 @@ def _samples(run: Run) -> str:
     shown = [s for level in LEVELS for s in [s for s in latest.values() if s["level"] == level][:4]]
     cards = []
     for sample in shown:
-        image = f'<img alt="digits" src="{escape(sample["image"])}">' if sample["image"] else ""
+        image = f'<img alt="the problem&#39;s image" src="{escape(sample["image"])}">' if sample["image"] else ""
         answers = "".join(
             f"<p>{'&#10003;' if s['correct'] else '&#10007;'} <b>{STAGES[name]}</b>, {s['tokens']} tokens: "
             f"<code>{escape(s['response'])}</code></p>"

@@ -45,7 +45,7 @@ class Sandbox:
     def __init__(self, folder: Path, configs: Mapping[str, tuple[Sequence[str], Mapping[str, object]]]):
         """`configs`: by a config's file, the sections it takes from the digits' and the fields that change."""
         self.folder = folder
-        for name in ("docs", "launch", "Makefile", "requirements.txt"):
+        for name in ("docs", "launch", "Makefile", "requirements.txt", "requirements.lock"):
             (folder / name).symlink_to(ROOT / name)
         (folder / "ares").symlink_to(".")  # the clone on a worker
         (folder / "configs").mkdir()

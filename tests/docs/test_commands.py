@@ -28,12 +28,16 @@ RULES = {
     r"--words=100": "--words=100 --least=1",  # few rollouts
     r"aepo\.window=8": "aepo.window=4",  # as everywhere: not compiled for this alone
 }
+_COMPILES = "half a minute of compiling even for the tiniest model; tests/parallel/test_aot.py tries the compiler"
+_PLAN = "plan --config=configs/qwen2_5_vl_7b_aepo.py --topology="
 NOT_EXECUTED = {
-    "ares-jax plan --config=configs/qwen2_5_vl_7b_aepo.py --topology=v5p:2x2x2": "half a minute of compiling "
-    "even for the tiniest model; tests/parallel/test_aot.py tries the compiler",
+    f"ares-jax {_PLAN}v5p:2x2x2": _COMPILES,
+    f"python -m ares_jax.{_PLAN}v5p:2x2x2": _COMPILES,
+    f"python -m ares_jax.{_PLAN}v5p:4x4x4,v6e:16x16": _COMPILES,
+    f"python -m ares_jax.{_PLAN}v5p:4x4x8 --search --compile=2": _COMPILES,
     "make test": "it runs this test; .ci/run executes it",
     "python -m venv .venv": "`make demo` and `make test` do it where .ci/run executes them",
-    "pip install -e '.[tpu]'": "needs the network; tests/test_package.py builds the installation",
+    "pip install -c requirements.lock -e '.[tpu]'": "needs the network; tests/test_package.py builds the installation",
     "python -m pip install -r requirements.txt 'jax[tpu]'": "needs the network; `make test` installs requirements.txt",
 }  # (and `make ablation`, which takes hours: it stands in no block)
 SERVICE = re.compile(r"^python -m ares_jax\.serve .*$", re.MULTILINE)  # started once, where a block first asks for port 8000
@@ -47,7 +51,7 @@ CONFIGS = {  # (sections as in the tiny digits', fields): few shapes, as each is
 }  # fmt: skip
 # A page uses what those before it have made.
 PAGES = ["README.md", *(f"docs/{name}.md" for name in ("quickstart", "cold_start", "train", "convert", "infer", "evaluate",
-         "report", "serve", "pods"))]  # fmt: skip
+         "report", "serve", "plan", "pods"))]  # fmt: skip
 ON_HOSTS = ("worker.sh", "tpu_host.sh")  # which the launchers run, not a reader
 LAUNCHERS = sorted(f"launch/{path.name}" for path in (ROOT / "launch").glob("*.sh") if path.name not in ON_HOSTS)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

@@ -1,13 +1,18 @@
 """Every benchmark on rows in its published layout: prompts, pictures, references; right answers, wrong ones, and tricks."""
 
+import json
+
 import numpy as np
 import pytest
 
 from ares_jax.errors import UserError
 from ares_jax.evaluation import final_answer
-from ares_jax.evaluation.benchmark import Graded
+from ares_jax.evaluation.asking import Asked, Reply
+from ares_jax.evaluation.benchmark import Graded, Verdict
 from ares_jax.evaluation.benchmarks import BENCHMARKS, bbeh, chosen, mathvista, mmmu_pro, olympiadbench
+from ares_jax.evaluation.compare import compared
 from ares_jax.evaluation.published import find_folder
+from ares_jax.evaluation.results import Outcome, summary
 from ares_jax.evaluation.scores import Answered, measured
 from tests.evaluation import published_layouts
 
@@ -145,10 +150,13 @@ RIGHT_OR_WRONG = [  # benchmark, row, {response: verdict}
     ("mathvista", 0, {
         r"\boxed{C}": True, "(C) smaller than": True, r"\boxed{smaller than}": True, r"\boxed{smaler than}": True,
         r"\boxed{larger than}": False, "The answer is (B).": False, "No idea, it could be\nanything": None,
+        "**smaller than**": True, "Smaller than.": True, "equal to!": False,
     }),
     ("mathvista", 1, {r"\boxed{1.45}": True, r"\boxed{1.449}": True, r"\boxed{\$1.45}": True, r"\boxed{1.4}": False,
     "": None}),
-    ("mathvista", 2, {"The answer is 14.": True, r"\boxed{14.0}": True, r"\boxed{15}": False, r"\boxed{about many}": None}),
+    ("mathvista", 2, {"The answer is 14.": True, r"\boxed{14.0}": True, r"\boxed{15}": False, r"\boxed{about many}": None,
+        r"\boxed{AB = 14}": True, r"\boxed{\approx 14}": True, "The answer is about 14.": True, r"\boxed{x = 15}": False,
+    }),
     ("mathvista", 3, {
         r"\boxed{[2007, 2008]}": True, "The answer is [2007,2008].": True, r"\boxed{2007, 2008}": True,
         r"\boxed{[2008, 2007]}": False,
@@ -161,7 +169,8 @@ RIGHT_OR_WRONG = [  # benchmark, row, {response: verdict}
     }),
     ("dynamath", 1, {
         '{"short answer": "B"}': True, '{"short answer": "(b) no"}': True,
-        '{"short answer": "a or b"}': None, '{"short answer": "B. no"}': True,
+        '{"short answer": "a or b"}': None, "{'solution': 'x', 'short answer': 'B'}": True,
+        '{"short answer": "B. no"}': True,
         '{"short answer": "A"}': False, r"\boxed{B}": True, '{"short answer": "b"}': True, '{"short answer": "(b)"}': True,
     }),
     ("dynamath", 2, {
@@ -170,6 +179,8 @@ RIGHT_OR_WRONG = [  # benchmark, row, {response: verdict}
     ("wemath", 0, {
         "<Thought process>: <<2>> <Answer>: <<B>>": True, "<Answer>: <<B. 2>>": True, r"\boxed{B}": True,
         "<Answer>:B.": True,
+        "<Answer>: <<$B$>>": True, r"<Answer>: <<\text{B}>>": True, "<Answer> B </Answer>": True,
+        "<Answer> C </Answer>": False,
         "<Answer>: <<C>>": False, "Answer: Because it is large": False, "<Answer>: <<B>> no, \\boxed{C}": False, "": False,
     }),
     ("logicvista", 0, {r"\boxed{C}": True, "The answer is C.": True, r"\boxed{A, C}": False, "C": True, "Hm.\nNo.": None}),
@@ -211,6 +222,7 @@ RIGHT_OR_WRONG = [  # benchmark, row, {response: verdict}
     ("olympiadbench", 0, {
         r"所以最终答案是9.8 m/s。": True, r"所以最终答案是\boxed{9.8\text{米/秒}}。": True,
         "所以最终答案是：\n\n$$\\boxed{9.8}$$": True,
+        r"\boxed{\sqrt{96}}": True, r"\boxed{3\pi}": False, r"\boxed{\sqrt{x}}": False,
         r"所以最终答案是\boxed{9.75}(m/s)。": True, r"\boxed{9.6}": False, r"\boxed{9.8}": True,
     }),
     ("aime24", 0, {
@@ -249,7 +261,8 @@ def test_answers(samples, name, index, cases):
 
 
 CHOSEN = (  # how models say that they choose X; Y is another option
-    "X", "**X**", "(X)", "X)", "X. 7", "X\n\nExplanation: Y is too small.", "The answer is **X**.", "The answer is (X) 12",
+    "X", "**X**", "(X)", "X)", "X. 7", "**X. 7**", "**X.** 7",
+    "X\n\nExplanation: Y is too small.", "The answer is **X**.", "The answer is (X) 12",
     "**Answer: X**", "**Answer:** X", "Answer: X. because of that", "### Final Answer\n\n**X**", r"So the answer is \(X\).",
     "Options:\n(A) one\n(B) two\n(C) three\n(D) four\n\nWe compute. So the correct option is (X).",
     "The correct answer is **Option X**: 7.",
@@ -305,6 +318,11 @@ def test_gpqa_takes_the_letter_of_the_shuffled_answer(samples):
     assert {r: BENCHMARKS["gpqa"].grade(sample, r).correct for r in cases} == cases
 
 
+def test_olympiad_answers_that_are_matrices_or_sets_keep_their_rows():
+    assert olympiadbench._split(r"$\begin{pmatrix} 1 \\ 2 \end{pmatrix}$") == [r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"]
+    assert olympiadbench._split(r"\left\{1,\ 2\right\}, (3,4)") == ["1", "2", "(3,4)"]
+
+
 def scored(samples, name, right):
     graded = [Graded(sample, float(right(sample))) for sample in samples[name]]
     result = measured(BENCHMARKS[name].metrics, [Answered(item, 1) for item in graded])
@@ -331,6 +349,24 @@ def test_bbeh_takes_the_harmonic_mean_over_tasks(samples):
     found = scored(samples, "bbeh", lambda s: s.sample_id.startswith("word"))
     assert found == {"harmonic": pytest.approx(2 / (1 / 1.01 + 1 / 0.01)), "micro": 1.0}
     assert bbeh.harmonic(np.ones(3), [{"task": t} for t in "aab"]) == pytest.approx(1.01)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_two_evaluations_are_compared_from_their_files_alone(samples, name):
+    """Both hold what every metric of the benchmark needs: side by side they score as they did."""
+
+    def written(right):
+        outcomes = [
+            Outcome(sample, repeat, Reply("x", tokens=3), Verdict(right(place)))
+            for place, sample in enumerate(samples[name])
+            for repeat in range(BENCHMARKS[name].repeats)
+        ]
+        return {name: json.loads(json.dumps(summary(BENCHMARKS[name], outcomes, Asked("u", "m"), None)))}
+
+    a, b = written(lambda place: place % 2 == 0), written(lambda place: place > 0)
+    for row in compared(a, b, BENCHMARKS):
+        assert row.a == pytest.approx(a[name]["metrics"]["scores"][row.metric]["value"])
+        assert row.b == pytest.approx(b[name]["metrics"]["scores"][row.metric]["value"])
 
 
 def test_mmmu_pro_is_the_mean_of_its_settings():

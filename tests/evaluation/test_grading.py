@@ -61,7 +61,10 @@ SAME = {
         ("x=5", "5"), ("5", "x=5"), ("y=2x+1", "2x+1"), (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt 2}"),
         ("x^2-1", "(x-1)(x+1)"), (r"2\sqrt3", r"\sqrt{12}"), ("2√3", r"2\sqrt{3}"), ("10^{3}", "1000"), (r"\log_2 8", "3"),
         ("5!", "120"), ("3+4i", "4i+3"), ("b+a", "a+b"), (r"\sin^2 x+\cos^2 x", "1"), ("x+y=3", "y=3-x"),
-        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix}1\\2\end{bmatrix}"), (r"\approx 3.14", "3.14"),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix}1\\2\end{bmatrix}"),
+        (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+        (r"\begin{pmatrix} 1 \\[6pt] \frac12 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 1/2 \end{pmatrix}"),
+        (r"\approx 3.14", "3.14"),
         ("2π", r"2\pi"), ("6.28318531", r"2\pi"),
     ],
 }  # fmt: skip
@@ -92,6 +95,8 @@ DIFFERENT = {
     "sets": [(r"\{1,2\}", r"\{1,2,3\}"), ("5,6", "5"), ("1,2", "1,3"), ("1,2,3,4,5", "5")],
     "algebra": [
         ("a-b", "a+b"), ("x^3", "x^2"), ("x=6", "x=5"), ("2.7", "e"), (r"\sqrt{2}", "2"), ("y+1", "x+1"), ("4=5", "6"),
+        (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 3 \end{pmatrix}"),
+        (r"\begin{pmatrix} 1 & 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
     ],
     "hostile": [
         ("", "5"), (" ", "5"), ("(" * 300, "5"), (r"\frac{" * 200 + "1}{2" + "}" * 200, "5"), ("9" * 5000, "5"),
@@ -174,7 +179,7 @@ def test_grading_works_in_threads():
 
 
 def test_thousands_of_digit_answers_a_second(monkeypatch):
-    monkeypatch.setattr(grading, "same_mathematics", lambda given, wanted: pytest.fail("math-verify was asked"))
+    monkeypatch.setattr(grading, "same_mathematics", lambda *arguments: pytest.fail("math-verify was asked"))
     begin = time.process_time()
     verdicts = [is_correct(rf"<think> so 1 2 3 </think> \boxed{{{n % 97}}}", str(n % 89)) for n in range(4000)]
     assert sum(verdicts) == sum(n % 97 == n % 89 for n in range(4000))

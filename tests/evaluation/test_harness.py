@@ -7,7 +7,10 @@ import sys
 import time
 
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
+from ares_jax import evaluate
 from ares_jax.errors import UserError
 from ares_jax.evaluation.answer_cache import answer_cache
 from ares_jax.evaluation.asking import Asked, cache_path, chat, scaled_size
@@ -17,6 +20,7 @@ from ares_jax.evaluation.results import run_benchmark
 from ares_jax.metrics import read_jsonl
 from ares_jax.service import endpoint
 from tests.cold_start import fake
+from tests.evaluation import published_layouts
 from tests.evaluation.images import png
 
 RIGHT, WRONG = r"<think>a</think>\boxed{1}", r"<think>a</think>\boxed{2}"
@@ -266,6 +270,35 @@ def test_the_judge_decides_what_rules_cannot_and_only_that(tmp_path):
     assert [line["correct"] for line in result["results"]] == [True, False, True, False, None]
     assert result["results"][4]["error"] == "judge: its reply gives no verdict" and result["metrics"]["errors"] == 1
     assert result["metrics"]["undecided"] == 0 and result["metrics"]["accuracy"] == 0.5
+
+
+def command(folder, url, **values):
+    """The command itself, in this process."""
+    flags.FLAGS.mark_as_parsed()
+    given = {"model_name": "m", "openai_base_url": url, "openai_api_key": "mine", "dataset_dir": str(folder), **values}
+    with flagsaver.flagsaver(output_dir=str(folder / "out"), **given):
+        evaluate.main(None, None)
+
+
+def test_a_key_is_sent_to_no_other_host_than_its_own(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    published_layouts.ares_hard(tmp_path / "ares_hard")
+    model, judge = (
+        fake.Fake(lambda question, body, times: ["Verdict: 1" if body["model"] == "j" else "Hm.\nNo."]) for _ in range(2)
+    )
+    with fake.serving(model) as url, fake.serving(judge) as other:
+        for number, given in enumerate(({"judge_base_url": other}, {"judge_base_url": other, "judge_api_key": "its"}, {})):
+            command(tmp_path, url, datasets="ares_hard", judge_model="j", cache_dir=str(tmp_path / f"{number}"), **given)
+    assert [header.get("Authorization") for header in judge.headers] == [None, "Bearer its"]
+    assert {header["Authorization"] for header in model.headers} == {"Bearer mine"} and len(model.headers) == 4
+
+
+def test_a_data_set_that_is_missing_is_named_before_anything_is_asked(tmp_path):
+    published_layouts.math_500(tmp_path / "MATH-500")
+    server = fake.Fake(right)
+    with fake.serving(server) as url, pytest.raises(UserError, match="no GSM8K here"):
+        command(tmp_path, url, datasets="math_500,gsm8k")
+    assert server.bodies == []
 
 
 def test_pictures_are_scaled_and_stand_where_the_sample_says():

@@ -5,9 +5,12 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from ares_jax.checkpoints import save_hf
 from ares_jax.config import to_plain
-from ares_jax.evaluation.local_service import _identity
+from ares_jax.errors import UserError
+from ares_jax.evaluation.local_service import _identity, local_service
 from ares_jax.metrics import read_jsonl
 from configs.digits_cpu import get_config
 from data_pipeline.tokenizer import save_processors
@@ -50,8 +53,22 @@ def test_a_published_folder_is_asked_with_its_own_pixels_and_new_weights_anew(tm
     ]  # fmt: skip
     result = evaluated(command, tmp_path / "published___digits.json")
     assert result["metrics"]["total"] == 3 and result["metrics"]["errors"] == 0
-    config = json.loads((tmp_path / "service" / "published" / "config.json").read_text())
+    path = tmp_path / "service" / "published" / "config.json"
+    config = json.loads(path.read_text())
     assert config["data"]["min_pixels"] == 784 and config["sampler"]["max_response_tokens"] == 4
-    before = _identity(folder)
+    seen = {_identity(folder, path)}
     (folder / "model.safetensors").touch()
-    assert _identity(folder) != before
+    seen.add(_identity(folder, path))
+    for section, changes in {"sampler": {"slots": 3}, "data": {"max_pixels": 785}, "model": {"dtype": "float32"}}.items():
+        config[section].update(changes)
+        path.write_text(json.dumps(config))
+        seen.add(_identity(folder, path))
+    assert len(seen) == 4  # the same with other slots
+
+
+def test_a_run_is_asked_with_its_own_config_alone(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="--config does not go with .* a run has its own"):
+        with local_service(tmp_path, get_config(), tmp_path, 8):
+            pass

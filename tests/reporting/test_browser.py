@@ -1,5 +1,6 @@
 """The page in a real browser (Chromium without a screen): it complains of nothing, draws every plot, fits a phone."""
 
+import base64
 import json
 import re
 import shutil
@@ -9,6 +10,8 @@ from html import unescape
 import pytest
 
 from ares_jax.reporting import build_report
+from ares_jax.reporting.answers import answers_page
+from tests.evaluation.images import png
 from tests.reporting.test_report import write_run
 
 NAMES = ("chromium-headless-shell", "chrome-headless-shell", "chromium", "chromium-browser", "google-chrome")
@@ -59,6 +62,23 @@ def test_the_report_in_a_browser(tmp_path, width):
     assert len(found["plots"]) >= 6
     for name, ink, shown in found["plots"]:
         assert 0.005 < ink < 0.9 and shown > 300, name
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_of_infer_in_a_browser(tmp_path, width):
+    """A wide picture, a token longer than a line, an answer of many tokens."""
+    tokens = ["word" * 60, "\n\n", *([" so", " $x_1$", "<b>"] * 200)]
+    leaf = {
+        "tokens": tokens, "entropies": [i % 7 / 3 for i in range(len(tokens))], "window_means": [0.5] * len(tokens),
+        "marks": ["h w", "h", "", *[""] * (len(tokens) - 3)], "tau_high": 0.5, "finish_reason": "stop", "parent": -1,
+        "branch_position": 0,
+    }  # fmt: skip
+    image = "data:image/png;base64," + base64.b64encode(png(3000, 200)).decode()
+    questions = [{"question": "How " + "long" * 80 + "?", "images": [image], "answers": [leaf, leaf]}]
+    found, console = look(answers_page("ARES: " + "folder" * 20, "note " * 40, questions), tmp_path, width=width)
+    assert console == []
+    assert found["viewport"] == width and found["page"] <= width and found["sticking"] == []
+    assert len(found["plots"]) == 2 and all(0.005 < ink < 0.9 and shown > 300 for _, ink, shown in found["plots"])
 
 
 def test_the_probe_sees_what_it_looks_for(tmp_path):

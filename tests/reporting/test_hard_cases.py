@@ -10,7 +10,8 @@ import matplotlib.pyplot as plt
 import pytest
 
 from ares_jax.reporting import build_report, console_table
-from ares_jax.reporting.charts import entropy_along
+from ares_jax.reporting.charts import entropy_along, rollout_curves
+from ares_jax.reporting.load import LEVELS
 from ares_jax.reporting.tree import most_branched_leaf, most_instructive
 from tests.reporting.test_report import write_run
 
@@ -193,6 +194,18 @@ def test_plots_keep_their_size_on_a_phone(run):
     styles = [style for style in Page(build_report(run).read_text()).styles if style]
     plots = [style for style in styles if "min-width" in style]
     assert len(plots) == len(list((run / "plots").iterdir()))
+
+
+def test_a_phone_shows_what_the_colours_mean_without_scrolling():
+    """It shows the first 358 pixels of a plot, at 65 pixels an inch."""
+
+    class Made:
+        metrics = [{"step": step, f"length/{level}": 1.0} for step in (1, 2) for level in LEVELS]
+
+    figure = rollout_curves(Made)
+    figure.canvas.draw()
+    assert figure.legends[0].get_window_extent().x1 / figure.dpi < 358 / 65
+    plt.close(figure)
 
 
 def test_the_tree_with_mixed_outcomes_then_most_branches_is_drawn():

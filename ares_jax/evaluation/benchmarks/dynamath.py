@@ -40,6 +40,7 @@ _TOLERANCE = 0.001
 _VARIANT = re.compile(r"sample(?:_variant)?(\d+)")
 _SMALL = re.compile(r"^\s*\(?[a-e]\)?[.:]?(?=\s|$)")  # an option in a small letter
 _SHORT = re.compile(r'"short answer"\s*:\s*"?((?:[^"\\\n}]|\\.)*)"?')
+_QUOTED = re.compile(r"'short answer'\s*:\s*'([^'\n]*)'")  # as Python writes it
 
 
 def load(folder: Path) -> list[Sample]:
@@ -79,7 +80,7 @@ def short_answer(response: str) -> str | None:
                 return str(found["short answer"])
         except ValueError:
             pass
-    found = _SHORT.findall(text)
+    found = _SHORT.findall(text) or _QUOTED.findall(text)
     return found[-1].strip() if found else None
 
 

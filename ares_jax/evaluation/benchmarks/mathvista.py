@@ -7,6 +7,7 @@ integer, a number rounded to the given precision, or a list, and must then be eq
 here rules do, and the judge where they find none, or no choice that is near: a refusal is near to none.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from ares_jax.evaluation.answer_text import cleaned
 from ares_jax.evaluation.benchmark import Benchmark, Sample, Verdict
 from ares_jax.evaluation.exact_rules import quantity
 from ares_jax.evaluation.final_answer import LETTERS, final_text, letter, untexted
+from ares_jax.evaluation.grading import same_answer
 from ares_jax.evaluation.published import image_bytes, rows, value
 
+_SAID = re.compile(r"=|\\approx|\b(?:approximately|about|roughly)\b")  # x = 14: 14
 _LONGEST = 200  # characters of an answer that is compared with the choices: edit distance takes quadratic time
 
 
@@ -30,7 +33,7 @@ def grade(sample: Sample, response: str) -> Verdict:
     text = final_text(response)
     if text is None:
         return Verdict(None)
-    found = _nearest(text, choices) if choices else normalised(text, sample.facts["answer_type"], sample.facts["precision"])
+    found = _choice(text, choices) if choices else normalised(text, sample.facts["answer_type"], sample.facts["precision"])
     wanted = _listed(sample.answer) if sample.facts["answer_type"] == "list" else sample.answer.strip()
     return Verdict(None if found is None else found == wanted, text)
 
@@ -39,7 +42,7 @@ def normalised(text: str, answer_type: str, precision: int) -> str | None:
     """Returns the answer as the reference is written, None if it is none of that type."""
     if answer_type == "list":
         return _listed(text)
-    number = quantity(cleaned(text))
+    number = quantity(_SAID.split(cleaned(text))[-1].strip())
     if number is None:
         return None
     if answer_type == "integer":
@@ -52,10 +55,13 @@ def _listed(text: str) -> str:
     return f"[{', '.join(item.strip() for item in items)}]"
 
 
-def _nearest(text: str, choices: Sequence[str]) -> str | None:
-    """Returns the choice that takes the fewest changes, None if that is more than half of it."""
+def _choice(text: str, choices: Sequence[str]) -> str | None:
+    """Returns the only choice that means the same, else that which takes the fewest changes, unless more than half of it."""
     if len(text) > _LONGEST:
         return None
+    same = [choice for choice in choices if same_answer(text, choice)]
+    if len(same) == 1:
+        return same[0]
     nearest = min(choices, key=lambda choice: edit_distance(text, choice))
     return nearest if edit_distance(text, nearest) * 2 <= len(nearest) else None
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ares_jax.evaluation.benchmark import Benchmark, Graded, Metric, Sample, Verdict
-from ares_jax.evaluation.final_answer import letter, spoken
+from ares_jax.evaluation.final_answer import letter, spoken, untexted
 from ares_jax.evaluation.published import image_bytes, rows, value
 
 _OPTION = re.compile(  # not "A, B or C", and not the article
@@ -41,7 +41,7 @@ def grade(sample: Sample, response: str) -> Verdict:
     said = spoken(response)
     chosen = letter(response, 8) if "\\boxed" in said else None
     if chosen is None and "\\boxed" not in said:
-        tail = re.sub(r"[<>:.*()]", "", said.rpartition("Answer")[2]).strip()
+        tail = re.sub(r"[<>:.*()$]", "", untexted(said.replace("</Answer>", "").rpartition("Answer")[2])).strip()
         found = _OPTION.match(tail)
         chosen = found[1].upper() if found else letter(response, 8)
     return Verdict(chosen == sample.answer.strip(), chosen)
@@ -62,8 +62,8 @@ def loose(graded: Sequence[Graded]) -> float:
 
 
 def _parts(graded: Sequence[Graded]) -> tuple[list[float], float]:
-    steps = [item.score for item in graded if item.sample.facts["step"] != "multi"]
-    return steps, max((item.score for item in graded if item.sample.facts["step"] == "multi"), default=0.0)
+    steps = [item.score for item in graded if item.sample.groups["step"] != "multi"]
+    return steps, max((item.score for item in graded if item.sample.groups["step"] == "multi"), default=0.0)
 
 
 def _sample(row, folder: Path) -> Sample:
@@ -78,7 +78,6 @@ def _sample(row, folder: Path) -> Sample:
         str(value(row, "answer")),
         unit=f"{row['ID']}/{steps}",
         groups={"steps": steps, "step": step, "concept": str(row.get("knowledge concept", ""))},
-        facts={"step": step},
     )
 
 
