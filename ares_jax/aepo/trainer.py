@@ -65,7 +65,8 @@ class _Batch(NamedTuple):
     """The trees of one iteration, of all processes."""
 
     drawn: list[ScoredGroup]
-    kept: list[ScoredGroup]  # by the filter
+    kept: list[ScoredGroup]  # by the filter, as many as are learned from
+    useful: int  # groups that the filter keeps, those that nothing is learned from included
     tokens: int  # of responses, sampled for it
     next_prompt: Any  # state of the prompts' iterator after it
     seconds: float
@@ -271,8 +272,8 @@ class Trainer:
         values = self.statistics(batch.drawn, batch.kept, sums)
         measured = {f"{s.prompt.source}/{s.prompt.problem_id}": s.difficulty for s in batch.drawn}
         self.difficulty, moves = noted(self.difficulty, measured)
-        values |= moves | {"tokens_per_second/learn": float(sums["tokens"]) / seconds}
-        self.advance(batch.drawn, len(batch.kept) / len(batch.drawn), sums)
+        values |= moves | {"groups/useful": float(batch.useful), "tokens_per_second/learn": float(sums["tokens"]) / seconds}
+        self.advance(batch.drawn, batch.useful / len(batch.drawn), sums)
         values |= utilization(sum(gather(flops)), seconds, self.workspace.placement.mesh.devices.flatten().tolist())
         return values | {
             "loss": float(np.mean(losses)), "grad_norm": float(np.mean(norms)), "padding": float(np.mean(padding)),
@@ -319,9 +320,9 @@ class Trainer:
             tokens += sum(len(leaf.token_ids) - leaf.branch_position for s in scored for leaf in s.group.leaves)
             drawn += scored
             kept += [s for s in scored if keep_group(s.rewards.mean(), low=a.filter.low, high=a.filter.high)]
-            if len(kept) >= a.prompts_per_step:
+            if (useful := len(kept)) >= a.prompts_per_step:
                 kept = kept[: a.prompts_per_step]
-                return _Batch(drawn, kept, tokens, self.prompts.get_state(), seconds, waited)
+                return _Batch(drawn, kept, useful, tokens, self.prompts.get_state(), seconds, waited)
         raise UserError(
             f"only {len(kept)} of {len(drawn)} groups had a mean reward within [{a.filter.low}, {a.filter.high}] after "
             f"{a.filter.attempts} attempts, {a.prompts_per_step} are needed; right leaves a group: "

@@ -157,6 +157,13 @@ def test_a_batch_is_filled_up_with_groups_that_teach():
     assert (batch.tokens, batch.seconds, batch.waited) == (6 * 8 * 5, 3.0, 1.5)
 
 
+def test_what_is_drawn_too_much_tells_that_less_is_enough():
+    """All of six are useful where three are wanted: the share is 1, not 1/2, and the next draw is smaller."""
+    trainer, _ = filling([0.5] * 6)
+    batch = Trainer.complete(trainer, trainer.draw(0, 0, 6, None), 0)
+    assert (len(batch.kept), batch.useful, len(batch.drawn)) == (3, 6, 6)
+
+
 def test_a_batch_that_cannot_be_filled_says_how_hard_the_problems_are():
     trainer, asked = filling([0.0, 0.5, 1.0, 1.0, 0.0, 1.0], filter={"low": 0.01, "high": 0.99, "attempts": 2})
     with pytest.raises(
