@@ -125,7 +125,8 @@ def default_config() -> ConfigDict:
     k.learning_rate = 2e-5
     k.warmup_fraction = 0.05  # of the steps; then a cosine down to a tenth
     k.save_every = 50  # steps
-    k.endpoint = endpoint_section()  # the starting model's, for pass rates; no url: our sampler, with the starting weights
+    # The starting model's, for pass rates. No url: our sampler, with the starting weights, at this temperature and top_p
+    k.endpoint = endpoint_section()
     r = k.teacher = ConfigDict()  # whose traces are learned
     r.source = "data"  # "data": the problems' own responses; "file": r.files; "endpoint": r.endpoint
     r.files = ()  # JSONL of {"problem_id", "responses": [text]}
@@ -152,14 +153,18 @@ def default_config() -> ConfigDict:
     a.tau_quantile = 0.95
     a.tau_decay = 0.99  # EMA over iterations
     a.difficulty_rule = "paper"  # buckets at 6/8 and 3/8; "released": 2/3 and 1/3
-    a.shaping = "released"  # entropy reward: "released", "paper" or "none"
-    a.shaping_weight = 0.5  # alpha of the released reward at the start; scale of the paper's
+    a.shaping = "paper"  # entropy reward: "paper"; "released", which measured worse (benchmarks/RESULTS.md); or "none"
+    a.shaping_weight = 0.5  # scale of the paper's reward; alpha of the released one at the start
     a.shaping_cap = 1.0  # largest multiplier lambda_d of the paper's reward
     a.easy_excess = 0.5  # of the paper's reward: most that a right answer to an easy problem loses for excess windows
     a.target_decay = 0.9  # EMA of windows per bucket: the target of later iterations
+    a.overlong_buffer = 0  # DAPO's penalty on overlong answers: tokens before the limit over which it grows; 0: none
+    a.overlong_penalty = 1.0  # its size at the limit
     a.baseline = "grpo"  # or "rloo"
     a.tree = "subtree"  # shared tokens count once, with the mean advantage of the leaves below; or "leaf"
     a.entropy_bonus = 0.0  # weight of Algorithm 1's token bonus
+    a.entropy_bonus_levels = (1.0, 1.0, 1.0)  # its lambda_d: factors of that for easy, medium, hard problems
+    a.entropy_bonus_centred = False  # its b: take the mean bonus of an update's tokens from each token
     a.clip_low, a.clip_high, a.clip_dual = 0.2, 0.3, 3.0
     a.reduction = "token"  # or "seq"
     a.old_log_probs = "sampler"  # denominator of the ratio; "recomputed": the learner's own, with truncated IS

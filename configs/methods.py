@@ -1,8 +1,9 @@
 """Named methods: the fields of `config.aepo` in which each differs from a config's own.
 
 A config file that takes one is given its name after a colon, `--config=configs/digits_cpu.py:dapo`; flags still override.
-`dapo` is arXiv 2503.14476 without its penalty on overlong answers: two clip bounds and no dual clip (a bound that no ratio
-reaches), the mean over tokens, prompts drawn anew until every group has right and wrong answers (online filtering), no KL.
+`dapo` is arXiv 2503.14476: two clip bounds and no dual clip (a bound that no ratio reaches), the mean over tokens, prompts
+drawn anew until every group has right and wrong answers (online filtering), no KL. Its penalty on overlong answers depends
+on the limit: aepo.overlong_buffer, a fifth of sampler.max_response_tokens there.
 """
 
 from ml_collections import ConfigDict

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import errno
 import io
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -83,8 +84,12 @@ def _encoded(value: Any, folders: Sequence[Path]) -> bytes:
         return data_url_bytes(value)
     if len(value) < _LONGEST_PATH:
         for folder in folders:
-            if (folder / value).is_file():
-                return (folder / value).read_bytes()
+            try:
+                if (folder / value).is_file():
+                    return (folder / value).read_bytes()
+            except OSError as error:
+                if error.errno != errno.ENAMETOOLONG:  # no path then: base64
+                    raise DataError(f"{folder / value} cannot be read ({error.strerror})") from None
         if Path(value).suffix:
             raise DataError("no such file" + "".join(f" in {folder}" for folder in dict.fromkeys(folders)))
     try:

@@ -16,6 +16,7 @@ from data_pipeline.prompts import Prompt
 from data_pipeline.row_plan import Part, plan_rows
 from data_pipeline.vision_layout import vision_layout
 
+MERGED = 4  # patches that the vision tower makes one token of
 # Of a segment that is a tree (data_pipeline/tree_segments.py).
 TREE_EXTRAS = ("back", "first_leaf", "last_leaf")
 
@@ -137,12 +138,14 @@ def padding_share(batches: Sequence[Mapping[str, Shaped[np.ndarray, "B ..."]]]) 
 
 def shapes(rows: int, row_tokens: int, row_patches: int, *, halvings: int, parts: int) -> list[Shape]:
     """Returns the shape of a full micro-batch, its half, its quarter, ...: half the rows if they can still be split into
-    `parts`, otherwise rows half as long."""
+    `parts`, otherwise rows half as long, with patches for whole tokens."""
     found = [Shape(rows, row_tokens, row_patches)]
     for _ in range(halvings):
         s = found[-1]
         fewer = s.rows % (2 * parts) == 0
-        found.append(s._replace(rows=s.rows // 2) if fewer else Shape(s.rows, s.row_tokens // 2, s.row_patches // 2))
+        patches = max(s.row_patches // (2 * MERGED) * MERGED, min(s.row_patches, MERGED))
+        shorter = Shape(s.rows, s.row_tokens // 2, patches)
+        found.append(s._replace(rows=s.rows // 2) if fewer else shorter)
     return found
 
 

@@ -4,12 +4,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 _EPS = 1e-6
 
 
-@partial(jax.jit, static_argnames="baseline")
 def group_normalized(rewards: Float[Array, "N"], group_ids: Int[Array, "N"], *, baseline: str = "grpo") -> Float[Array, "N"]:
     """Returns the advantage of every leaf. A group of one leaf has none: 0.
 
@@ -18,7 +18,14 @@ def group_normalized(rewards: Float[Array, "N"], group_ids: Int[Array, "N"], *, 
       group_ids: any numbers; leaves of equal number share a prompt.
       baseline: "grpo": (R - mean) / (std + eps), sample standard deviation; "rloo": R minus the mean of the others.
     """
-    rewards = jnp.asarray(rewards)
+    if not isinstance(group_ids, jax.Array):  # as they are: in 32 bits two large numbers might become one
+        group_ids = np.unique(group_ids, return_inverse=True)[1]
+    return _normalized(rewards, group_ids, baseline=baseline)
+
+
+@partial(jax.jit, static_argnames="baseline")
+def _normalized(rewards, group_ids, *, baseline):
+    rewards = jnp.asarray(rewards) * 1.0  # of whole numbers or booleans, too
     count = len(rewards)
     ids = jnp.unique(jnp.asarray(group_ids), return_inverse=True, size=count)[1]
 

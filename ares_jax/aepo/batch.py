@@ -83,19 +83,28 @@ def leaf_extras(
         )  # fmt: skip
         values += of_tokens
         owned += mine
-    parts = zip(values, owned, _weights(owned, aepo.reduction), strict=True)
+    weights = _weights(owned, aepo.reduction)
+    bonuses = [_bonus(leaf, s.difficulty, state, aepo) for s in scored for leaf in s.group.leaves]
+    mean = sum(float(weight @ bonus) for weight, bonus in zip(weights, bonuses, strict=True))
+    base = mean if aepo.entropy_bonus_centred else 0.0
+    values = [value + (bonus - base) for value, bonus in zip(values, bonuses, strict=True)]
+    parts = zip(values, owned, weights, strict=True)
     return [[_extras(leaf, s.difficulty, state, aepo, *next(parts)) for leaf in s.group.leaves] for s in scored]
 
 
-def _extras(leaf: Trajectory, difficulty: int, state: AepoState, aepo: ConfigDict, advantage, own, weight) -> dict:
+def _bonus(leaf: Trajectory, difficulty: int, state: AepoState, aepo: ConfigDict) -> Float[np.ndarray, "N"]:
+    weight = aepo.entropy_bonus * aepo.entropy_bonus_levels[difficulty]
     tau = float(np.nan_to_num(state.tau_high))
+    return np.asarray(token_bonus(leaf.window_means, leaf.window_mask, tau, weight))
+
+
+def _extras(leaf: Trajectory, difficulty: int, state: AepoState, aepo: ConfigDict, advantage, own, weight) -> dict:
     rho = aepo.kl.rho if aepo.kl.dynamic else 1.0
     inside = inside_windows(leaf.window_mask, aepo.window)
-    bonus = np.asarray(token_bonus(leaf.window_means, leaf.window_mask, tau, aepo.entropy_bonus))
     beta = np.asarray(token_weights(state.kappa, np.full(len(own), difficulty), inside, rho))
     return {
         "weight": weight.astype(np.float32),
-        "advantage": (own * (advantage + bonus)).astype(np.float32),
+        "advantage": (own * advantage).astype(np.float32),
         "old_log_prob": (own * leaf.log_probs).astype(np.float32),
         "kl_weight": (own * beta).astype(np.float32),
         "bucket": (own * (difficulty + 1)).astype(np.int32),

@@ -5,6 +5,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ares_jax.aepo.namespace import namespace
 
+ESTIMATORS = ("k1", "abs", "mse", "k3")
 _CLAMP = 10.0  # of the estimate, nats
 _RATIO_CLAMP = 20.0
 

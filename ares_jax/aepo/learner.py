@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool, Float, Shaped
 from ml_collections import ConfigDict
 
 from ares_jax.aepo.kl import per_token_kl
@@ -52,7 +52,7 @@ class Learner:
                 }  # fmt: skip
             sums["tokens"] = jnp.sum(counted)
             sums["entropy"] = jnp.sum(jnp.where(counted, entropies, 0.0))
-            sums["mismatch"] = jnp.sum(jnp.where(counted, jnp.abs(log_probs - sampled), 0.0))
+            sums["mismatch"] = jnp.sum(jnp.where(counted, jnp.abs((old if recompute else log_probs) - sampled), 0.0))
             # A select, not a product: what stands at tokens that do not count may be infinite.
             return jnp.sum(jnp.where(counted, batch["weight"] * terms, 0.0)), sums
 
@@ -68,26 +68,34 @@ class Learner:
         log_probs = in_mesh(self._placement, lambda: self._log_probs.lower(state.params, fixed))
         return {"log_probs": log_probs, **self._update.lower(state, batch)}
 
+    def log_probs(
+        self, params: Params, batches: Sequence[Mapping[str, Shaped[np.ndarray, "B ..."]]]
+    ) -> list[Float[np.ndarray, "B T"]]:
+        """Returns the log-probs, nats, that weights on the device give the tokens of each micro-batch."""
+        with jax.set_mesh(self._placement.mesh):
+            return [local_rows(self._log_probs(params, self._placement.put_batch(batch))) for batch in batches]
+
     def update(
         self,
         state: TrainState,
         batches: Sequence[Mapping[str, Shaped[np.ndarray, "B ..."]]],
         reference: Mapping[str, Shaped[np.ndarray, "..."]] | Params | None,
+        old: Sequence[Float[np.ndarray, "B T"]] | None = None,
     ) -> tuple[TrainState, dict[str, np.ndarray]]:
         """Returns the new state, and `loss`, `grad_norm`, `skipped` and sums over tokens that the trainer averages.
 
-        `reference`: weights in which the reference policy differs from the present one, on the device or on the host (they
-        are then on the device only while its log-probs are computed); None: no KL term.
+        Args:
+          reference: weights in which the reference policy differs from the present one, on the device or on the host (they
+            are then on the device only while its log-probs are computed); None: no KL term.
+          old: where they are recomputed, the log-probs of the policy that the ratio is to; None: of the present one.
         """
-        micro_batches = [dict(batch) for batch in batches]  # on the host: the devices hold one at a time
-        fixed = {"recomputed": state.params} if self._recompute else {}
+        fixed: dict[str, Sequence[np.ndarray]] = {}  # on the host: the devices hold one micro-batch at a time
+        if self._recompute:
+            fixed["recomputed"] = self.log_probs(state.params, batches) if old is None else old
         if reference is not None:
-            fixed["reference"] = self._placement.put({**state.params, **reference})
-        for name in list(fixed):
-            params = fixed.pop(name)
-            with jax.set_mesh(self._placement.mesh):
-                for batch in micro_batches:
-                    batch[name] = local_rows(self._log_probs(params, self._placement.put_batch(batch)))
-            del params
+            fixed["reference"] = self.log_probs(self._placement.put({**state.params, **reference}), batches)
+        micro_batches = [
+            {**batch, **{name: values[number] for name, values in fixed.items()}} for number, batch in enumerate(batches)
+        ]
         state, metrics = self._update(state, micro_batches)
         return state, jax.device_get(metrics)

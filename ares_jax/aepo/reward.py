@@ -72,6 +72,16 @@ def paper_entropy_reward(
     return xp.where(xp.asarray(correct), easy, -scale * multiplier * excess)
 
 
+def overlong_penalty(lengths: Float[Array, "N"], limit: int, buffer: int) -> Float[Array, "N"]:
+    """Returns 0 up to limit - buffer tokens and from there on a line down to -1 at the limit; 0 without a buffer.
+
+    "Soft overlong punishment" of DAPO (arXiv 2503.14476, section 3.4).
+    """
+    xp = namespace(lengths)
+    over = xp.asarray(lengths) - (limit - buffer)
+    return -xp.clip(over / max(buffer, 1), 0.0, 1.0) if buffer > 0 else xp.zeros(over.shape)
+
+
 def updated_alpha(alpha: Float[Array, "3"], mean: Float[Array, "3"], target: Float[Array, "3"]) -> Float[Array, "3"]:
     """Returns the scale per bucket, moved by 0.05 x (mean - target) and kept within 0 and 2; NaN means no leaf: kept."""
     xp = namespace(alpha, mean, target)

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from ml_collections import ConfigDict
 
 from ares_jax.aepo.difficulty import bucket
-from ares_jax.aepo.reward import paper_entropy_reward, released_entropy_reward
+from ares_jax.aepo.reward import overlong_penalty, paper_entropy_reward, released_entropy_reward
 from ares_jax.aepo.state import AepoState, bucket_means
 from ares_jax.evaluation.grading import is_correct
 from ares_jax.sampling.trajectory import RolloutGroup
@@ -24,7 +24,7 @@ class ScoredGroup:
     difficulty: int  # 0, 1, 2: easy, medium, hard
     correct: Bool[np.ndarray, "G"]
     windows: Int[np.ndarray, "G"]  # validated windows of the leaf
-    rewards: Float[np.ndarray, "G"]  # overall: accuracy and shaping
+    rewards: Float[np.ndarray, "G"]  # overall: accuracy, shaping and the penalty on overlong answers
     process: int = 0  # that drew it: the prompt has its pixels there only
 
     @property
@@ -48,8 +48,10 @@ def score(
     correct: Sequence[Bool[np.ndarray, "G"]],
     state: AepoState,
     aepo: ConfigDict,
+    *,
+    max_tokens: int,
 ) -> list[ScoredGroup]:
-    """Returns the groups with their rewards; `aepo` is that section of the config.
+    """Returns the groups with their rewards; `aepo` is that section of the config, `max_tokens` the limit of a response.
 
     The target number of windows of a bucket comes from earlier iterations; before there are any, from these groups.
     """
@@ -80,5 +82,7 @@ def score(
         shaping = np.zeros(len(n))
     else:
         raise ValueError(f"aepo.shaping={aepo.shaping!r} is not one of released, paper, none")
-    rewards = np.split(right + shaping, np.cumsum(sizes)[:-1])
+    lengths = np.array([len(leaf.token_ids) for group in groups for leaf in group.leaves])
+    overlong = aepo.overlong_penalty * overlong_penalty(lengths, max_tokens, aepo.overlong_buffer)
+    rewards = np.split(right + shaping + overlong, np.cumsum(sizes)[:-1])
     return [ScoredGroup(*parts) for parts in zip(prompts, groups, buckets, correct, windows, rewards, strict=True)]

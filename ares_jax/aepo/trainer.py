@@ -18,13 +18,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from ares_jax.aepo import state as aepo_state
 from ares_jax.aepo.batch import learner_segments
-from ares_jax.aepo.difficulty import NAMES, noted
+from ares_jax.aepo.difficulty import NAMES, RULES, noted
 from ares_jax.aepo.filtering import keep_group, pass_rate_histogram
+from ares_jax.aepo.kl import ESTIMATORS
 from ares_jax.aepo.learner import Learner
+from ares_jax.aepo.reward import overlong_penalty
 from ares_jax.aepo.scoring import ScoredGroup, grade, score
 from ares_jax.aepo.windows import batch_threshold
 from ares_jax.cold_start.hard_split import held_out
@@ -42,7 +45,7 @@ from ares_jax.sampling.trajectory import RolloutGroup
 from ares_jax.training import abstract_state, initial_state, make_optimizer, trainable
 from ares_jax.workspace import Workspace, everyone
 from data_pipeline.images import to_data_url
-from data_pipeline.packing import padding_share
+from data_pipeline.packing import MERGED, Segment, padding_share
 from data_pipeline.prompts import Prompt
 from data_pipeline.reading import HoldingOut
 
@@ -62,11 +65,41 @@ class _Batch(NamedTuple):
     """The trees of one iteration, of all processes."""
 
     drawn: list[ScoredGroup]
-    kept: list[ScoredGroup]  # by the filter
+    kept: list[ScoredGroup]  # by the filter, as many as are learned from
+    useful: int  # groups that the filter keeps, those that nothing is learned from included
     tokens: int  # of responses, sampled for it
     next_prompt: Any  # state of the prompts' iterator after it
     seconds: float
     waited: float  # seconds of them, for prompts
+
+
+_CHOICES = {
+    "tau_definition": ("trajectory", "window_median"), "difficulty_rule": tuple(RULES),
+    "shaping": ("released", "paper", "none"), "baseline": ("grpo", "rloo"), "tree": ("subtree", "leaf"),
+    "reduction": ("token", "seq"), "old_log_probs": ("sampler", "recomputed"),
+    "kl.estimator": ESTIMATORS, "kl.reference": ("device", "host"), "staleness": (0, 1),
+}  # fmt: skip
+
+
+def check(config: ConfigDict) -> None:
+    """Raises `UserError` where AEPO cannot run as configured: before the first tokens are drawn, not after."""
+    a, s, p = config.aepo, config.sampler, config.packing
+    values = {**a, **{f"kl.{name}": value for name, value in a.kl.items()}}
+    for name, choices in _CHOICES.items():
+        if values[name] not in choices:
+            raise UserError(f"aepo.{name}={values[name]!r} is not one of {', '.join(map(str, choices))}")
+    if not 1 <= a.root_leaves <= a.group_size:
+        raise UserError(f"aepo.root_leaves={a.root_leaves}: a group has {a.group_size} leaves; give 1 to {a.group_size}")
+    if (longest := s.max_prompt_tokens + s.max_response_tokens) > p.row_tokens:
+        raise UserError(
+            f"packing.row_tokens={p.row_tokens}: a prompt and its response may have {longest}; raise it, or lower "
+            "sampler.max_response_tokens or max_prompt_tokens"
+        )
+    if s.max_prompt_patches > p.row_patches or p.row_patches % MERGED:
+        raise UserError(
+            f"packing.row_patches={p.row_patches}: a prompt may have {s.max_prompt_patches}; raise it to a multiple of "
+            f"{MERGED}, or lower sampler.max_prompt_patches"
+        )
 
 
 def _seconds(f: Callable[..., object], *arguments: object) -> float:
@@ -80,17 +113,11 @@ class Trainer:
     """Holds what one run of AEPO holds; `run` is the loop."""
 
     def __init__(self, workspace: Workspace):
-        """Opens the run. Raises `UserError` if there is no cold start, or a checkpoint is damaged."""
+        """Opens the run. Raises `UserError` as `check` does, if there is no cold start, or a checkpoint is damaged."""
         self.workspace = workspace
         self.config, self.aepo = workspace.config, workspace.config.aepo
         a = self.aepo
-        for name, choices in (("shaping", ("released", "paper", "none")), ("old_log_probs", ("sampler", "recomputed"))):
-            if a[name] not in choices:
-                raise UserError(f"aepo.{name}={a[name]!r} is not one of {', '.join(choices)}")
-        if a.kl.reference not in ("device", "host"):
-            raise UserError(f"aepo.kl.reference={a.kl.reference!r} is not one of device, host")
-        if a.staleness not in (0, 1):
-            raise UserError(f"aepo.staleness={a.staleness} is not one of 0, 1: a batch is drawn beside one update at most")
+        check(self.config)
         optimizer = make_optimizer(
             self.config.optimizer, learning_rate=a.learning_rate, steps=a.steps * a.minibatches,
             warmup_steps=a.warmup_steps,
@@ -223,13 +250,14 @@ class Trainer:
         sums: dict[str, np.ndarray] = {}
         losses, norms, padding, skipped = [], [], [], int(self.train_state.skipped)
         flops, fixed = 0.0, (self.reference is not None) + (a.old_log_probs == "recomputed")
-        for part in np.array_split(order, min(a.minibatches, len(batch.kept))):
-            segments = learner_segments([batch.kept[i] for i in part], self.state, a, process=jax.process_index())
-            batches = self.workspace.pack(segments)
+        parts = [[batch.kept[i] for i in part] for part in np.array_split(order, min(a.minibatches, len(batch.kept)))]
+        old = self.recomputed(parts)
+        for part, before in zip(parts, old, strict=True):
+            segments, batches = self.packed(part)
             frozen = self.config.optimizer.freeze_vision
             flops += update_flops(self.workspace.model.config, segments, fixed_passes=fixed, freeze_vision=frozen)
             padding.append(padding_share(batches))
-            self.train_state, metrics = self.learner.update(self.train_state, batches, self.reference)
+            self.train_state, metrics = self.learner.update(self.train_state, batches, self.reference, before)
             losses.append(metrics.pop("loss"))
             norms.append(metrics.pop("grad_norm"))
             if int(metrics["skipped"]) > skipped:
@@ -245,8 +273,8 @@ class Trainer:
         values = self.statistics(batch.drawn, batch.kept, sums)
         measured = {f"{s.prompt.source}/{s.prompt.problem_id}": s.difficulty for s in batch.drawn}
         self.difficulty, moves = noted(self.difficulty, measured)
-        values |= moves | {"tokens_per_second/learn": float(sums["tokens"]) / seconds}
-        self.advance(batch.drawn, len(batch.kept) / len(batch.drawn), sums)
+        values |= moves | {"groups/useful": float(batch.useful), "tokens_per_second/learn": float(sums["tokens"]) / seconds}
+        self.advance(batch.drawn, batch.useful / len(batch.drawn), sums)
         values |= utilization(sum(gather(flops)), seconds, self.workspace.placement.mesh.devices.flatten().tolist())
         return values | {
             "loss": float(np.mean(losses)), "grad_norm": float(np.mean(norms)), "padding": float(np.mean(padding)),
@@ -254,6 +282,20 @@ class Trainer:
             "data/overlong": float(self.prompts.ledger.overlong), "data/corrupt": float(self.prompts.ledger.corrupt),
             "data/held_out": float(self.prompts.ledger.held_out),
         }  # fmt: skip
+
+    def packed(self, part: list[ScoredGroup]) -> tuple[list[Segment], list[dict[str, np.ndarray]]]:
+        """Returns this process's trees of a minibatch, and its rows of the micro-batches that hold them."""
+        segments = learner_segments(part, self.state, self.aepo, process=jax.process_index())
+        return segments, self.workspace.pack(segments)
+
+    def recomputed(self, parts: list[list[ScoredGroup]]) -> list[list[np.ndarray] | None]:
+        """Returns the present policy's log-probs of each minibatch, if they are wanted: the ratio of all updates is to it.
+
+        None for the first: its update is of the present policy. The others are packed twice, as all in one take memory.
+        """
+        if self.aepo.old_log_probs != "recomputed":
+            return [None] * len(parts)
+        return [None, *(self.learner.log_probs(self.train_state.params, self.packed(part)[1]) for part in parts[1:])]
 
     def draw(self, iteration: int, attempt: int, missing: int, state: aepo_state.AepoState) -> "_Draw":
         """Draws and grades this process's share of the prompts that are likely to give `missing` useful groups."""
@@ -279,9 +321,9 @@ class Trainer:
             tokens += sum(len(leaf.token_ids) - leaf.branch_position for s in scored for leaf in s.group.leaves)
             drawn += scored
             kept += [s for s in scored if keep_group(s.rewards.mean(), low=a.filter.low, high=a.filter.high)]
-            if len(kept) >= a.prompts_per_step:
+            if (useful := len(kept)) >= a.prompts_per_step:
                 kept = kept[: a.prompts_per_step]
-                return _Batch(drawn, kept, tokens, self.prompts.get_state(), seconds, waited)
+                return _Batch(drawn, kept, useful, tokens, self.prompts.get_state(), seconds, waited)
         raise UserError(
             f"only {len(kept)} of {len(drawn)} groups had a mean reward within [{a.filter.low}, {a.filter.high}] after "
             f"{a.filter.attempts} attempts, {a.prompts_per_step} are needed; right leaves a group: "
@@ -299,7 +341,8 @@ class Trainer:
             parts[me] = mine  # type: ignore[assignment]
             mine = interleaved(parts)  # type: ignore[arg-type]
         prompts, groups, correct, processes = (list(column) for column in zip(*mine, strict=True))
-        scored = score(prompts, groups, correct, draw.state, self.aepo)
+        limit = self.config.sampler.max_response_tokens
+        scored = score(prompts, groups, correct, draw.state, self.aepo, max_tokens=limit)
         return [dataclasses.replace(s, process=process) for s, process in zip(scored, processes, strict=True)]
 
     def rollouts(self, prompts: list[Prompt], iteration: int, attempt: int, tau_high: float) -> list[RolloutGroup]:
@@ -335,7 +378,10 @@ class Trainer:
         )
 
     def advance(self, drawn: list[ScoredGroup], kept_share: float, sums: dict[str, np.ndarray]) -> None:
-        """Moves thresholds, targets and controllers on by one iteration."""
+        """Moves thresholds, targets and controllers on by one iteration.
+
+        The threshold's batch is the root leaves: a branch begins where entropy is high and has its parent's tokens before.
+        """
         windows = np.concatenate([s.windows for s in drawn]).astype(float)
         buckets = np.concatenate([np.full(len(s.windows), s.difficulty) for s in drawn])
         roots = [leaf for s in drawn for leaf in s.group.leaves if leaf.parent < 0]
@@ -354,15 +400,21 @@ class Trainer:
         correct = np.array([s.correct[i] for s, i, _ in leaves], float)
         rewards = np.array([s.rewards[i] for s, i, _ in leaves], float)
         buckets = np.array([s.difficulty for s, _, _ in leaves])
-        complete = [leaf.window_means[: max(1, len(leaf.window_means) - self.aepo.window + 1)] for _, _, leaf in leaves]
+        overlong = self.aepo.overlong_penalty * overlong_penalty(
+            lengths, self.config.sampler.max_response_tokens, self.aepo.overlong_buffer
+        )
+        shaping = rewards - correct - overlong
+        whole = [max(0, len(leaf.window_means) - self.aepo.window + 1) for _, _, leaf in leaves]  # windows of each
+        means = np.concatenate([leaf.window_means[:n] for n, (_, _, leaf) in zip(whole, leaves, strict=True)])
         tokens = max(float(sums["tokens"]), 1.0)
         # Updates made since a token was drawn, over the tokens of which each was drawn once.
         staleness = self.iteration - np.concatenate([leaf.policy_version[leaf.branch_position :] for _, _, leaf in leaves])
         values = {
             "staleness/mean": staleness.mean(), "staleness/max": staleness.max(),
             "reward/mean": rewards.mean(), "reward/accuracy": correct.mean(),
-            "reward/shaping": (rewards - correct).mean(), "length": lengths.mean(),
-            "entropy/mean": float(sums["entropy"]) / tokens, "entropy/window": np.concatenate(complete).mean(),
+            "reward/shaping": shaping.mean(), "reward/overlong": overlong.mean(), "length": lengths.mean(),
+            "entropy/mean": float(sums["entropy"]) / tokens,
+            "entropy/window": means.mean() if means.size else math.nan,
             "tau_high": float(self.state.tau_high), "branches": sum(leaf.parent >= 0 for _, _, leaf in leaves),
             "leaves": len(leaves), "groups/drawn": len(drawn), "groups/kept": len(kept),
             "tokens/shared": sum(s.group.shared_tokens for s in drawn),
@@ -380,7 +432,7 @@ class Trainer:
                 values[f"windows_target/{name}"] = float(self.state.target[d])
             if inside.any():
                 values[f"reward/{name}"] = rewards[inside].mean()
-                values[f"shaping/{name}"] = (rewards - correct)[inside].mean()
+                values[f"shaping/{name}"] = shaping[inside].mean()
                 values[f"accuracy/{name}"] = correct[inside].mean()
                 values[f"length/{name}"] = lengths[inside].mean()
                 values[f"windows/{name}"] = windows[inside].mean()

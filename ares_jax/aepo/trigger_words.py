@@ -38,5 +38,5 @@ def read_words(path: Path) -> frozenset[str]:
 
 
 def trigger_mask(tokens: Sequence[str], words: frozenset[str] = WORDS) -> Bool[np.ndarray, "V"]:
-    """Says which tokens of a vocabulary are triggers. Digits, single letters and placeholders never are."""
+    """Says which tokens of a vocabulary are triggers: whole words of the list, whatever space stands before them."""
     return np.array([normalized(token) in words for token in tokens], bool)

@@ -7,19 +7,21 @@ from ml_collections import ConfigDict
 
 from ares_jax import cli
 from ares_jax.aepo.difficulty import bucket
+from ares_jax.aepo.kl import ESTIMATORS
 from ares_jax.cold_start.alignment import align_vision
 from ares_jax.cold_start.curation import curate
 from ares_jax.cold_start.curation_report import curation_report, write_report
 from ares_jax.cold_start.hard_split import hard_problems, write_hard_split
 from ares_jax.cold_start.pass_rates import candidates, endpoint_pass_rates, measure_pass_rates
 from ares_jax.cold_start.sft import example, fine_tune
-from ares_jax.cold_start.teacher import normalised_traces, teacher_responses
+from ares_jax.cold_start.teacher import check as check_teacher
+from ares_jax.cold_start.teacher import longest_trace, normalised_traces, teacher_responses
 from ares_jax.errors import UserError
 from ares_jax.metrics import stage
 from ares_jax.parallel.distributed import from_first
 from ares_jax.sampling.requests import derive_seed
 from ares_jax.workspace import Workspace, everyone, open_workspace
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, OverlongError
 from data_pipeline.problems import Problem
 
 TOPICS = {
@@ -29,7 +31,23 @@ TOPICS = {
 }
 
 
+def check(config: ConfigDict) -> None:
+    """Raises `UserError` or `DataError` where the cold start cannot run as configured: before pass rates take hours."""
+    c = config.cold_start
+    check_teacher(c.teacher)
+    if c.kl.estimator not in ESTIMATORS:
+        raise UserError(f"cold_start.kl.estimator={c.kl.estimator!r} is not one of {', '.join(ESTIMATORS)}")
+    if len(c.kl.weight) != 3:
+        raise UserError(f"cold_start.kl.weight={c.kl.weight}: give three, for easy, medium and hard problems")
+    if longest_trace(config) < 1:
+        raise UserError(
+            f"packing.row_tokens={config.packing.row_tokens}: a prompt may have {config.sampler.max_prompt_tokens} tokens; "
+            "raise it, so that there is room for a trace, or lower sampler.max_prompt_tokens"
+        )
+
+
 def main(config: ConfigDict, workdir: Path) -> None:
+    check(config)
     workspace, c = open_workspace(config, workdir), config.cold_start
     if c.warmup_steps:
         with stage(workdir, "warm-up fine-tuning") as record:
@@ -61,7 +79,8 @@ def main(config: ConfigDict, workdir: Path) -> None:
     write_report(folder, curation_report(pool, choices, {"verdicts": verdicts, "problems": problems}))
     print(f"cold start: teacher responses: {', '.join(f'{count} {name}' for name, count in verdicts.items())}")
     chosen = [(usable[choice.candidate], choice.trace) for choice in choices]
-    selected = [(r["index"], traces[r["index"]][trace].text, int(bucket(r["correct"], r["samples"]))) for r, trace in chosen]
+    levels = [int(bucket(r["correct"], r["samples"], config.aepo.difficulty_rule)) for r, _ in chosen]
+    selected = [(r["index"], traces[r["index"]][i].text, level) for (r, i), level in zip(chosen, levels, strict=True)]
     with stage(workdir, "cold-start fine-tuning") as record:
         record["tokens"] = _fine_tune(workspace, selected)
     print(f"cold start: {len(selected)} problems of {len(records)}, weights in {workdir / 'checkpoints' / 'cold_start'}")
@@ -86,7 +105,10 @@ def _warm_up(workspace: Workspace) -> int:
                 "cold_start.warmup_steps=0"
             )
         trace = derive_seed(seed, "warm-up", problem.problem_id) % len(problem.responses)
-        return example(encoder(problem), encoder.encode_response(problem.responses[trace]))
+        prompt, response = encoder(problem), encoder.encode_response(problem.responses[trace])
+        if (size := len(prompt.token_ids) + len(response)) > (most := workspace.config.packing.row_tokens):
+            raise OverlongError(f"problem {problem.problem_id}: {size} tokens of prompt and trace, at most {most} fit")
+        return example(prompt, response)
 
     batches = workspace.stream(workspace.problems("train"), teach, seed=seed, batch_size=c.batch_size)
     return fine_tune(

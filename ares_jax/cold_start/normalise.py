@@ -15,6 +15,7 @@ REJECTS = {
     "no_answer": "no answer was found",
     "wrong_answer": "the answer is not the reference",
     "too_long": "more tokens than a training row takes",
+    "image_token": "it has the token of an image, which no response may draw",
 }
 
 _OPEN = re.compile(r"<(?:thinking|thought|reasoning|reason)>|<\|begin_of_thought\|>|◁think▷", re.IGNORECASE)
@@ -44,7 +45,8 @@ def normalise(response: str, answer: str, finish_reason: str = "stop") -> Normal
     """Brings a response into the form and says what became of it: `KEPT`, `REWRITTEN` or a key of `REJECTS`.
 
     A response that has the form already comes back byte for byte. Other thinking tags, a thought that the chat template
-    opened, reasoning without tags, and answers in tags or in words are rewritten. ("too_long" is the caller's to say.)
+    opened, reasoning without tags, and answers in tags or in words are rewritten.
+    ("too_long" and "image_token" are the caller's to say.)
     """
     if finish_reason == "length":
         return Normalised("truncated")

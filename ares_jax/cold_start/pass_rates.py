@@ -1,16 +1,15 @@
 """How hard is a problem? The share of sampled responses that a starting model gets right (method.md, section 4)."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ares_jax.cold_start.curation import Candidate
-from ares_jax.cold_start.responses import endpoint_responses
+from ares_jax.cold_start.responses import endpoint_responses, known_records
 from ares_jax.cold_start.teacher import Trace
 from ares_jax.evaluation.grading import is_correct
-from ares_jax.metrics import append_jsonl, read_jsonl, write_atomic
+from ares_jax.metrics import append_jsonl
 from ares_jax.sampling.requests import derive_seed, rollout_request
 from ares_jax.workspace import Workspace
 from data_pipeline.reading import Reader, read_all
@@ -21,14 +20,19 @@ _CHUNK = 128  # problems between two writes: what a killed run loses at most
 def measure_pass_rates(workspace: Workspace, client, indices: Sequence[int], path: Path) -> list[dict]:
     """Returns one record for each readable training problem in `indices`; what `path` already holds is not asked again.
 
-    A record: {"index", "problem_id", "source", "level", "correct", "samples", "tokens": sampled}.
+    A record: {"index", "problem_id", "source", "level", "correct", "samples", "tokens": sampled, "asked"}.
+
+    Raises:
+      UserError: `path` holds the answers to another request.
     """
     config, problems, encoder = workspace.config, workspace.problems("train"), workspace.encoder
-    samples = config.cold_start.pass_rate_samples
+    samples, draw = config.cold_start.pass_rate_samples, config.cold_start.endpoint
+    how = {
+        "max_new_tokens": config.sampler.max_response_tokens, "temperature": draw.temperature, "top_p": draw.top_p,
+    }  # fmt: skip
+    asked = {"sampler": "our own", "samples": samples, **how}
     reader, ledger = Reader(problems, lambda problem: (problem, encoder(problem))), workspace.ledger(problems)
-    known = {record["index"]: record for record in read_jsonl(path)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, "".join(json.dumps(record) + "\n" for record in known.values()))
+    known = known_records(path, asked)
     todo = [index for index in indices if index not in known]
     bar = tqdm(total=len(indices), initial=len(indices) - len(todo), desc="cold_start: pass rates", unit="problem")
     for begin in range(0, len(todo), _CHUNK):
@@ -36,21 +40,20 @@ def measure_pass_rates(workspace: Workspace, client, indices: Sequence[int], pat
         members = list(read_all(reader, chunk, ledger))
         requests = [
             rollout_request(
-                prompt, seed=derive_seed(config.seed, "pass rate", problem.problem_id), group_size=samples,
-                max_new_tokens=config.sampler.max_response_tokens,
+                prompt, seed=derive_seed(config.seed, "pass rate", problem.problem_id), group_size=samples, **how
             )
             for _, (problem, prompt) in members
         ]  # fmt: skip
-        groups = client.rollouts(requests, on_group=lambda index, group: bar.update())
+        groups = client.rollouts(requests, on_group=lambda index, group: bar.update()) if requests else []
         for (index, (problem, _)), group in zip(members, groups, strict=True):
             texts = [workspace.decode(leaf.token_ids.tolist()) for leaf in group.leaves]
             known[index] = {
                 "index": index, "problem_id": problem.problem_id, "source": problem.source, "level": problem.level,
                 "correct": sum(is_correct(text, problem.answer) for text in texts), "samples": samples,
-                "tokens": sum(len(leaf.token_ids) for leaf in group.leaves),
+                "tokens": sum(len(leaf.token_ids) for leaf in group.leaves), "asked": asked,
             }  # fmt: skip
         append_jsonl(path, [known[index] for index, _ in members])
-        mean = sum(r["correct"] / r["samples"] for r in known.values()) / len(known)
+        mean = sum(r["correct"] / r["samples"] for r in known.values()) / max(len(known), 1)
         bar.set_postfix(pass_rate=f"{mean:.2f}")
     bar.close()
     return [known[index] for index in indices if index in known]

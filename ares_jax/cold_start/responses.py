@@ -1,8 +1,9 @@
 """Graded responses of an endpoint's model to our problems, in a JSONL file that a killed run goes on with."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -40,12 +41,7 @@ def endpoint_responses(
         "model": endpoint.model, "temperature": endpoint.temperature, "top_p": endpoint.top_p, "max_tokens": max_tokens,
         "samples": samples, "instruction": endpoint.instruction,
     }  # fmt: skip
-    known = {record["index"]: record for record in read_jsonl(path)}
-    for record in known.values():
-        if record["asked"] != asked:
-            raise UserError(f"{path} holds answers to {record['asked']}, now {asked} is asked; move that file away")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, "".join(json.dumps(record) + "\n" for record in known.values()))
+    known = known_records(path, asked)
     todo = [index for index in indices if index not in known]
     refused: dict[int, str] = {}
     bar = tqdm(total=len(indices), initial=len(indices) - len(todo), desc=f"cold_start: {name}", unit="problem")
@@ -86,3 +82,19 @@ def endpoint_responses(
         write_atomic(rejects, "".join(json.dumps(line) + "\n" for line in lines))
         print(f"cold_start: {name}: {len(refused)} of {len(indices)} problems were refused; {rejects} says why")
     return [known[index] for index in indices if index in known]
+
+
+def known_records(path: Path, asked: Mapping[str, Any]) -> dict[int, dict]:
+    """Returns the records in `path` by problem index, and writes the file anew without a line cut off by a kill.
+
+    Raises `UserError` if they answer something else than `asked`.
+    """
+    known = {record["index"]: record for record in read_jsonl(path)}
+    for record in known.values():
+        if (before := record.get("asked")) != asked:
+            raise UserError(
+                f"{path} holds answers to {before or 'something else'}, now {asked} is asked; move that file away"
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, "".join(json.dumps(record) + "\n" for record in known.values()))
+    return known

@@ -25,9 +25,26 @@ class Trace:
     tokens: int
 
 
+def check(teacher: ConfigDict) -> None:
+    """Raises `UserError` or `DataError` if the section `cold_start.teacher` names no teacher that can be asked or read."""
+    if teacher.source not in ("data", "file", "endpoint"):
+        raise UserError(f"cold_start.teacher.source={teacher.source!r} is not one of data, file, endpoint")
+    if teacher.source == "endpoint" and not teacher.endpoint.url:
+        raise UserError("cold_start.teacher.endpoint.url is empty; name the teacher's endpoint, such as http://host:8000")
+    if teacher.source == "file" and not teacher.files:
+        raise DataError("cold_start.teacher.files is empty; name JSONL files of problem_id and responses")
+    for file in teacher.files if teacher.source == "file" else ():
+        if not Path(file).is_file():
+            raise DataError(f"{file}: no such file; cold_start.teacher.files lists JSONL files")
+
+
 def teacher_responses(workspace: Workspace, indices: Sequence[int], folder: Path) -> dict[int, list[Response]]:
-    """Returns the teacher's raw responses to the training problems `indices`; a problem without any is left out."""
+    """Returns the teacher's raw responses to the training problems `indices`; a problem without any is left out.
+
+    Raises as `check` and `read_responses` do.
+    """
     teacher, problems = workspace.config.cold_start.teacher, workspace.problems("train")
+    check(teacher)
     if teacher.source == "data":
         found = {index: [Response(text) for text in problems[index].responses] for index in indices}
         return {index: responses for index, responses in found.items() if responses}
@@ -35,10 +52,6 @@ def teacher_responses(workspace: Workspace, indices: Sequence[int], folder: Path
         by_id = read_responses([Path(file) for file in teacher.files])
         names = {index: problems[index].problem_id for index in indices}
         return {index: by_id[name] for index, name in names.items() if name in by_id}
-    if teacher.source != "endpoint":
-        raise UserError(f"cold_start.teacher.source={teacher.source!r} is not one of data, file, endpoint")
-    if not teacher.endpoint.url:
-        raise UserError("cold_start.teacher.endpoint.url is empty; name the teacher's endpoint, such as http://host:8000")
     records = endpoint_responses(
         teacher.endpoint, problems, indices, folder / "teacher.jsonl", samples=teacher.samples,
         max_tokens=longest_trace(workspace.config), seed=workspace.config.seed, name="teacher",
@@ -58,12 +71,8 @@ def read_responses(files: Sequence[Path]) -> dict[str, list[Response]]:
     Raises:
       DataError: naming file and line.
     """
-    if not files:
-        raise DataError("cold_start.teacher.files is empty; name JSONL files of problem_id and responses")
     found: dict[str, list[Response]] = {}
     for file in files:
-        if not file.is_file():
-            raise DataError(f"{file}: no such file; cold_start.teacher.files lists JSONL files")
         with file.open() as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
@@ -97,11 +106,15 @@ def normalised_traces(
             result = normalise(response.text, problem.answer, response.finish_reason)
             verdict = result.verdict
             if result.text is not None:
-                tokens = len(encoder.encode_response(result.text))
-                if tokens <= limit:
-                    traces.setdefault(index, []).append(Trace(result.text, tokens))
+                try:
+                    tokens = len(encoder.encode_response(result.text))
+                except DataError:
+                    verdict = "image_token"
                 else:
-                    verdict = "too_long"
+                    if tokens <= limit:
+                        traces.setdefault(index, []).append(Trace(result.text, tokens))
+                    else:
+                        verdict = "too_long"
             counts[verdict] += 1
             if verdict in REJECTS:
                 rejects.append(

@@ -14,8 +14,15 @@ def tau(trajectories, definition, q, w):
     return np.median([np.percentile(m, 100 * q) for m in means])
 
 
-def bucket(k, group):
-    return 0 if k / group >= 6 / 8 else 1 if k / group >= 3 / 8 else 2
+def validated(entropy, tokens, vocabulary, tau, w):
+    """A window starts at t if there are w tokens from t on; it is validated if high, and if token t is in V_sem."""
+    fits = [t + w <= len(entropy) for t in range(len(entropy))]
+    return [fit and window_mean(entropy, t, w) >= tau and tokens[t] in vocabulary for t, fit in enumerate(fits)]
+
+
+def bucket(k, group, rule="paper"):
+    easy, medium = {"paper": (6 / 8, 3 / 8), "released": (2 / 3, 1 / 3)}[rule]
+    return 0 if k / group >= easy else 1 if k / group >= medium else 2
 
 
 def released(n, target, d, correct, alpha):
@@ -41,13 +48,43 @@ def released(n, target, d, correct, alpha):
     return -min(cap, 0.5 * huber(-delta - margin) / (margin + k) * cap)
 
 
-def paper(n, target, d, correct, mean, variance, scale):
+def paper(n, target, d, correct, mean, variance, scale, most=np.inf, easy_excess=0.0):
+    """`most` bounds lambda; `easy_excess` is the cap of the case study's penalty, the released one's for easy and right."""
     if correct:
-        return 0.0
+        return released(n, target, d, correct, easy_excess) if d == 0 else 0.0
     delta = n - target
     g = [max(0, delta), abs(delta), max(0, -delta)][d]
     lam = max(0, ((target - mean) if d == 2 else (mean - target)) / (variance + 1e-6))
-    return -scale * lam * g
+    return -scale * min(lam, most) * g
+
+
+def overlong(length, limit, buffer):
+    if not buffer or length <= limit - buffer:
+        return 0.0
+    return (limit - buffer - length) / buffer if length <= limit else -1.0
+
+
+def rewards(groups, targets, alphas, shaping, rule, *, scale, most, easy_excess, limit, buffer, penalty):
+    """Of groups of leaves (windows, right?, length): each group's bucket and its leaves' rewards.
+
+    `targets` per bucket; None: nothing was measured yet, so the mean of these groups.
+    """
+    levels = [bucket(sum(right for _, right, _ in leaves), len(leaves), rule) for leaves in groups]
+    counts = [[n for d, leaves in zip(levels, groups, strict=True) if d == k for n, _, _ in leaves] for k in range(3)]
+    out = []
+    for d, leaves in zip(levels, groups, strict=True):
+        target = np.mean(counts[d]) if targets[d] is None else targets[d]
+        shapes = {
+            "none": lambda n, right: 0.0,
+            "released": lambda n, right, d=d, target=target: released(n, target, d, right, alphas[d]),
+            "paper": lambda n, right, d=d, target=target: paper(
+                n, target, d, right, np.mean(counts[d]), np.var(counts[d]), scale, most, easy_excess
+            ),
+        }
+        out.append(
+            [right + shapes[shaping](n, right) + penalty * overlong(length, limit, buffer) for n, right, length in leaves]
+        )
+    return levels, out
 
 
 def advantages(rewards, groups, baseline):

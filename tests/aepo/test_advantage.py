@@ -21,6 +21,14 @@ def test_any_numbers_name_the_groups_in_any_order():
     for ids in ([10, -3, 10, -3, 99], [1, 0, 1, 0, 2], [7_000_000, 5, 7_000_000, 5, 6]):
         np.testing.assert_allclose(group_normalized(rewards, np.array(ids)), expected, atol=1e-5)
         np.testing.assert_allclose(jax.jit(group_normalized)(rewards, np.array(ids)), expected, atol=1e-5)
+    wide = np.array([1, 2**32 + 1, 1, 2**32 + 1, 2**33 + 1])  # all the same in 32 bits
+    np.testing.assert_allclose(group_normalized(rewards, wide), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [bool, int])
+def test_rewards_may_be_verdicts(kind):
+    value = group_normalized(np.array([1, 0, 0, 1, 1], kind), np.array([0, 0, 0, 0, 1]))
+    np.testing.assert_allclose(value, [3**0.5 / 2, -(3**0.5) / 2, -(3**0.5) / 2, 3**0.5 / 2, 0], atol=1e-5)
 
 
 def test_rloo_by_hand():

@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,7 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ares_jax.aepo import advantage, difficulty, kl, loss, reward, tree, windows
+import kernels
+from ares_jax.aepo import advantage, difficulty, kl, loss, reward, scoring, tree, windows
+from ares_jax.aepo.state import initial_state
+from ares_jax.config import default_config
 
 _SPEC = importlib.util.spec_from_file_location("oracle", Path(__file__).parent / "oracle.py")
 oracle = importlib.util.module_from_spec(_SPEC)
@@ -60,8 +64,7 @@ def test_subtree_advantages(seed):
 @given(seeds, st.sampled_from(["grpo", "rloo"]))
 def test_group_advantages(seed, baseline):
     rng = np.random.default_rng(seed)
-    sizes = rng.integers(1, 9, 4)
-    groups = np.repeat(np.arange(4), sizes)
+    groups = rng.integers(0, 7, 16)  # of any sizes, in any order; 16: compiled once
     kind = rng.integers(3)
     rewards = rng.normal(size=len(groups)) if kind == 0 else np.full(len(groups), float(kind - 1))  # all wrong, all right
     mine = advantage.group_normalized(rewards, groups, baseline=baseline)
@@ -79,9 +82,56 @@ def test_rewards(seed):
         mine, [oracle.released(*x) for x in zip(n, target, d, correct, alpha, strict=True)], atol=1e-6
     )
     mean, variance = rng.uniform(0, 50, 20), rng.uniform(0, 9, 20)
-    mine = reward.paper_entropy_reward(n, target, d, correct, mean, variance, scale=0.3)
-    rows = zip(n, target, d, correct, mean, variance, strict=True)
-    np.testing.assert_allclose(mine, [oracle.paper(*x, 0.3) for x in rows], atol=1e-6)
+    for most, excess in ((np.inf, 0.0), (rng.uniform(0, 2), rng.uniform(0, 1))):
+        mine = reward.paper_entropy_reward(n, target, d, correct, mean, variance, 0.3, most, excess)
+        rows = zip(n, target, d, correct, mean, variance, strict=True)
+        np.testing.assert_allclose(mine, [oracle.paper(*x, 0.3, most, excess) for x in rows], atol=1e-6)
+    lengths, limit, buffer = rng.integers(0, 40, 20), int(rng.integers(1, 40)), int(rng.integers(0, 20))
+    mine = reward.overlong_penalty(lengths, limit, buffer)
+    np.testing.assert_allclose(mine, [oracle.overlong(x, limit, buffer) for x in lengths], atol=1e-9)
+
+
+@many
+@given(seeds, st.sampled_from(["paper", "released", "none"]), st.sampled_from(["paper", "released"]))
+def test_scores_of_a_whole_batch(seed, shaping, rule):
+    """Buckets, targets of earlier batches or of this one, mean and variance: from leaves to rewards."""
+    rng = np.random.default_rng(seed)
+    aepo = default_config().aepo
+    aepo.update(shaping=shaping, difficulty_rule=rule, overlong_buffer=int(rng.integers(0, 9)), overlong_penalty=0.7)
+    targets = [None if rng.random() < 0.3 else float(rng.uniform(0, 9)) for _ in range(3)]
+    state = initial_state(aepo)._replace(
+        target=np.array([np.nan if t is None else t for t in targets]), alpha=rng.uniform(0, 2, 3)
+    )
+    groups, correct, plain = [], [], []
+    for _ in range(int(rng.integers(1, 7))):
+        size = int(rng.integers(1, 9))
+        right = [np.zeros(size, bool), np.ones(size, bool), rng.random(size) < 0.5][int(rng.integers(3))]
+        masks = [rng.random(int(rng.integers(1, 25))) < rng.choice([0.0, 0.4]) for _ in range(size)]  # often no window
+        groups.append(SimpleNamespace(leaves=[SimpleNamespace(window_mask=m, token_ids=np.zeros(len(m))) for m in masks]))
+        correct.append(right)
+        plain.append([(int(m.sum()), bool(r), len(m)) for m, r in zip(masks, right, strict=True)])
+    mine = scoring.score([None] * len(groups), groups, correct, state, aepo, max_tokens=24)
+    levels, expected = oracle.rewards(
+        plain, targets, state.alpha, shaping, rule, scale=0.5, most=1.0, easy_excess=0.5, limit=24,
+        buffer=aepo.overlong_buffer, penalty=0.7,
+    )  # fmt: skip
+    assert [s.difficulty for s in mine] == levels
+    for s, values in zip(mine, expected, strict=True):
+        np.testing.assert_allclose(s.rewards, values, atol=1e-6)
+
+
+@many
+@given(seeds, st.sampled_from([1, 4, 8]))
+def test_validated_windows(seed, window):
+    """From entropies and tokens, also of responses shorter than a window; what stands behind a response does not matter."""
+    rng = np.random.default_rng(seed)
+    length, vocabulary = int(rng.integers(0, 31)), {1, 4, 5}
+    entropy, tokens, response = rng.exponential(size=30), rng.integers(0, 7, 30), np.arange(30) < length
+    tau = float(rng.choice([0.0, 0.8, np.mean(entropy), np.inf]))
+    means, complete = kernels.window_means(entropy[None], response[None], window)
+    mine = windows.validated(np.asarray(means[0]), np.asarray(complete[0]), np.isin(tokens, list(vocabulary)), tau)
+    assert mine[:length].tolist() == oracle.validated(entropy[:length], tokens, vocabulary, tau, window)
+    assert not mine[length:].any()
 
 
 def test_the_multiplier_is_bounded_where_nothing_varies():
@@ -148,8 +198,10 @@ def test_empty_trajectories_give_no_threshold():
     assert np.isnan(windows.batch_threshold([np.zeros(2)], definition="window_median", quantile=0.95, window=4))
 
 
-@pytest.mark.parametrize("group", [1, 4, 8, 16])
+@pytest.mark.parametrize("group", range(1, 33))
 def test_buckets(group):
-    for k in range(group + 1):
-        assert int(difficulty.bucket(k, group)) == oracle.bucket(k, group)
+    for rule in ("paper", "released"):
+        mine = difficulty.bucket(np.arange(group + 1), group, rule)
+        assert mine.tolist() == [oracle.bucket(k, group, rule) for k in range(group + 1)]
+    assert [int(difficulty.bucket(k, 8)) for k in range(9)] == [2, 2, 2, 1, 1, 1, 0, 0, 0]
     assert [int(difficulty.bucket(k, 8, "released")) for k in range(9)] == [2, 2, 2, 1, 1, 1, 0, 0, 0]

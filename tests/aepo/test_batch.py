@@ -46,11 +46,12 @@ def random_group(rng):
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 2**31), st.sampled_from(["token", "seq"]), st.booleans(), st.sampled_from([1, 4, 8]))
-def test_segments(seed, reduction, dynamic, window):
+@given(st.integers(0, 2**31), st.sampled_from(["token", "seq"]), st.booleans(), st.booleans(), st.sampled_from([1, 4, 8]))
+def test_segments(seed, reduction, dynamic, centred, window):
     rng = np.random.default_rng(seed)
-    aepo = default_config().aepo
+    aepo, levels = default_config().aepo, (0.0, 1.0, 2.5)
     aepo.reduction, aepo.kl.dynamic, aepo.window, aepo.entropy_bonus = reduction, dynamic, window, 0.2
+    aepo.update(entropy_bonus_levels=levels, entropy_bonus_centred=centred)
     groups = [random_group(rng) for _ in range(int(rng.integers(1, 4)))]
     state = initial_state(aepo)._replace(tau_high=np.array(0.4), kappa=np.array([0.1, 0.2, 0.3]))
     extras = [x for group in leaf_extras(groups, state, aepo) for x in group]
@@ -62,11 +63,23 @@ def test_segments(seed, reduction, dynamic, window):
         shapes = [(len(x.token_ids), x.parent, x.branch_position) for x in g.group.leaves]
         expected += list(zip(*oracle.subtree_advantages(*zip(*shapes, strict=True), values), strict=True))
     tokens = sum(int(own.sum()) for _, own in expected)
+
+    def first_term(g, leaf, t):
+        phi = np.log1p(max(0, leaf.window_means[t] - 0.4)) if leaf.window_mask[t] else 0
+        return 0.2 * levels[g.difficulty] * phi
+
+    def weight_of(own):
+        return 1 / tokens if reduction == "token" else 1 / own.sum() / len(leaves)
+
+    b = sum(
+        weight_of(own) * first_term(*leaf, t)
+        for leaf, (_, own) in zip(leaves, expected, strict=True)
+        for t in np.flatnonzero(own)
+    )  # fmt: skip
     for got, (g, leaf), (values, own) in zip(extras, leaves, expected, strict=True):
         for t in range(len(own)):
             inside = any(leaf.window_mask[max(0, t - window + 1) : t + 1])
-            bonus = 0.2 * np.log1p(max(0, leaf.window_means[t] - 0.4)) if leaf.window_mask[t] else 0
-            weight = 1 / tokens if reduction == "token" else 1 / own.sum() / len(leaves)
+            bonus, weight = first_term(g, leaf, t) - centred * b, weight_of(own)
             beta = state.kappa[g.difficulty] * (0.5 if inside and dynamic else 1)
             mine = [got[k][t] for k in ("weight", "advantage", "old_log_prob", "kl_weight", "bucket", "in_window")]
             truth = [weight, values[t] + bonus, leaf.log_probs[t], beta, g.difficulty + 1, inside]

@@ -6,10 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from ares_jax.aepo.batch import inside_windows, leaf_extras, learner_segments
+from ares_jax.aepo.batch import leaf_extras, learner_segments
 from ares_jax.aepo.learner import Learner
 from ares_jax.aepo.scoring import ScoredGroup, grade, score
-from ares_jax.aepo.state import from_json, initial_state, to_json
+from ares_jax.aepo.state import initial_state
 from ares_jax.config import default_config
 from ares_jax.models.params import to_flat
 from ares_jax.sampling.requests import rollout_request
@@ -108,6 +108,26 @@ def test_micro_batches_add_up_to_the_batch(scored, old):
         np.testing.assert_allclose(value, one.params[name], atol=1e-5 + 1e-4 * float(jnp.abs(moved[name]).max()))
 
 
+def test_the_ratio_is_to_the_policy_before_the_first_of_several_updates(scored):
+    """Recomputed log-probs of then, not of now: with those the ratio would always be 1 and nothing ever clipped."""
+    config = aepo(old_log_probs="recomputed", kl={"weight": 0.0})
+    segments = learner_segments(scored, initial_state(config.aepo), config.aepo)
+    batches = pack(segments, rows=16, row_tokens=96, row_patches=48)
+    learner = Learner(digits.model(), BANNED, optax.sgd(100.0), config.aepo, digits.placement(), temperature=1.0)
+    before = train_state(jax.tree.map(lambda x: x.copy(), to_flat(digits.model())), optax.sgd(100.0), digits.placement())
+    old = learner.log_probs(before.params, batches)
+    after, first = learner.update(before, batches, None, old)
+    clipped = {name: learner.update(train_state(jax.tree.map(lambda x: x.copy(), after.params), optax.sgd(1.0),
+                                                digits.placement()), batches, None, given)[1]
+               for name, given in (("then", old), ("now", None))}  # fmt: skip
+    assert int(first["clip_low"] + first["clip_high"]) == 0
+    assert int(clipped["then"]["clip_low"] + clipped["then"]["clip_high"]) > 0
+    assert int(clipped["now"]["clip_low"] + clipped["now"]["clip_high"]) == 0
+    assert float(clipped["then"]["mismatch"]) == float(
+        first["mismatch"]
+    )  # of sampler and learner, whatever was learned since
+
+
 def test_each_distinct_token_counts_once(scored):
     state = initial_state(aepo().aepo)
     distinct = sum(len(leaf.token_ids) - leaf.branch_position for s in scored for leaf in s.group.leaves)
@@ -127,18 +147,20 @@ def test_a_gradient_that_is_not_finite_changes_nothing(scored):
         np.testing.assert_array_equal(state.params[name], value)
 
 
-def test_scores_and_state(scored):
+def test_leaves_are_graded_one_by_one(scored):
     config = aepo(shaping="none").aepo
-    decode = {tuple(leaf.token_ids): str(i) for s in scored for i, leaf in enumerate(s.group.leaves)}
+    right = {tuple(leaf.token_ids) for s in scored for leaf in s.group.leaves[::3]}  # the first and the last of four
     prompts, groups = [s.prompt for s in scored], [s.group for s in scored]
-    correct = grade(prompts, groups, lambda ids: f"\\boxed{{{prompts[0].answer}}}")
-    result = score(prompts, groups, correct, initial_state(config), config)
-    assert result[0].correct.all() and result[0].difficulty == 0 and result[0].accuracy == 1.0 and decode
-    state = initial_state(config)
-    again = from_json(to_json(state))
-    for a, b in zip(state, again, strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert inside_windows(np.array([0, 1, 0, 0, 0], bool), 3).tolist() == [False, True, True, True, False]
+    answers = {tuple(leaf.token_ids): s.prompt.answer for s in scored for leaf in s.group.leaves}
+
+    def decode(ids):
+        return f"\\boxed{{{answers[tuple(ids)]}}}" if tuple(ids) in right else r"\boxed{none}"
+
+    result = score(prompts, groups, grade(prompts, groups, decode), initial_state(config), config, max_tokens=12)
+    for s in result:
+        assert s.correct.tolist() == [tuple(leaf.token_ids) in right for leaf in s.group.leaves]
+        assert s.rewards.tolist() == s.correct.astype(float).tolist()
+    assert {s.accuracy for s in result} >= {0.5} and result[0].difficulty == 1
 
 
 def test_the_reference_may_live_on_the_host_or_not_at_all(scored):

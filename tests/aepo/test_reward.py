@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ares_jax.aepo.reward import paper_entropy_reward, released_entropy_reward, updated_alpha
+from ares_jax.aepo.reward import overlong_penalty, paper_entropy_reward, released_entropy_reward, updated_alpha
 
 # alpha = 0.5. Medium, target 8: margin 2, k 3, cap 0.5. Hard, target 10: margin 3.5, k 4, cap 0.6.
 CELLS = [
@@ -60,3 +60,10 @@ def test_the_case_study_of_the_paper():
     for level in (1, 2):
         value = paper_entropy_reward(windows, target, easy + level, right, any_, any_, easy_excess=0.5)
         np.testing.assert_array_equal(value, 0.0)
+
+
+def test_overlong_answers_lose_more_towards_the_limit():
+    """DAPO's own numbers: a limit of 20,480, the last 4,096 of which cost up to 1."""
+    value = overlong_penalty(np.array([1, 16_384, 18_432, 20_480, 20_481]), 20_480, 4096)
+    np.testing.assert_allclose(value, [0, 0, -0.5, -1, -1])
+    np.testing.assert_array_equal(overlong_penalty(np.array([20_480]), 20_480, 0), 0.0)

@@ -1,6 +1,8 @@
 """The loop itself, with the engine in this process: what is drawn with which weights, and resumption to the last bit."""
 
+import dataclasses
 import os
+import re
 import signal
 from types import SimpleNamespace
 
@@ -8,12 +10,15 @@ import jax
 import numpy as np
 import pytest
 
-from ares_jax.aepo.trainer import Trainer
+from ares_jax.aepo import state as aepo_state
+from ares_jax.aepo.scoring import ScoredGroup
+from ares_jax.aepo.trainer import Trainer, check
 from ares_jax.cold_start.hard_split import write_hard_split
 from ares_jax.errors import Preempted, UserError
 from ares_jax.metrics import read_jsonl
 from ares_jax.models.lora import is_lora, merged
 from ares_jax.parallel.sharding import make_mesh
+from ares_jax.sampling.trajectory import RolloutGroup, Trajectory
 from ares_jax.serve import make_engine
 from ares_jax.training import initial_state, make_optimizer
 from ares_jax.workspace import open_workspace
@@ -98,15 +103,108 @@ def test_problems_of_the_hard_validation_split_are_not_trained_on(trainer, tmp_p
 
 
 @pytest.mark.parametrize(
-    "change", [{"staleness": 2}, {"kl": {"reference": "disk"}}, {"shaping": "papers"}, {"old_log_probs": "mine"}]
-)
-def test_a_setting_that_there_is_not_is_refused(config, change):
+    "change, message",
+    [
+        ({"aepo.staleness": 2}, "aepo.staleness=2 is not one of 0, 1"),
+        ({"aepo.kl.reference": "disk"}, "aepo.kl.reference='disk' is not one of device, host"),
+        ({"aepo.kl.estimator": "k2"}, "aepo.kl.estimator='k2' is not one of k1, abs, mse, k3"),
+        *(
+            ({f"aepo.{name}": "mine"}, f"aepo.{name}='mine' is not one of")
+            for name in ("shaping", "old_log_probs", "tau_definition", "difficulty_rule", "baseline", "tree", "reduction")
+        ),
+        ({"aepo.root_leaves": 5}, "aepo.root_leaves=5: a group has 4 leaves; give 1 to 4"),
+        ({"packing.row_tokens": 80}, "packing.row_tokens=80: a prompt and its response may have 88; raise it"),
+        ({"packing.row_patches": 40}, "packing.row_patches=40: a prompt may have 48; raise it"),
+        ({"packing.row_patches": 50}, "packing.row_patches=50: a prompt may have 48; raise it to a multiple of 4"),
+    ],
+)  # fmt: skip
+def test_what_cannot_run_is_refused_before_anything_is_drawn(config, change, message):
+    check(config)
     c = config.copy_and_resolve_references()
-    c.aepo.update(change)
-    with pytest.raises(
-        UserError, match="aepo.(staleness=2|kl.reference='disk'|shaping='papers'|old_log_probs='mine') is not one of"
-    ):
+    c.update_from_flattened_dict(change)
+    with pytest.raises(UserError, match=re.escape(message)):
         Trainer(SimpleNamespace(config=c))
+
+
+def filling(rewards, **changes):
+    """A trainer that draws as many groups as are missing, with these mean rewards in turn; notes how many were asked for."""
+    a = get_config().aepo
+    a.update(prompts_per_step=3, **changes)
+    rewards = iter(rewards)
+
+    def draw(iteration, attempt, missing, state):
+        asked.append((attempt, missing))
+        return SimpleNamespace(state=state, seconds=1.0, waited=0.5, groups=[next(rewards) for _ in range(missing)])
+
+    def scored(drawn):
+        leaf = SimpleNamespace(token_ids=np.zeros(7), branch_position=2)
+        group = SimpleNamespace(leaves=[leaf] * 8)
+        return [
+            SimpleNamespace(rewards=np.full(8, r), group=group, accuracy=min(max(r, 0.0), 1.0)) for r in drawn.groups
+        ]  # fmt: skip
+
+    asked: list[tuple[int, int]] = []
+    prompts = SimpleNamespace(get_state=lambda: {"position": 9})
+    trainer = SimpleNamespace(aepo=a, draw=draw, scored=scored, prompts=prompts)
+    return trainer, asked
+
+
+def test_a_batch_is_filled_up_with_groups_that_teach():
+    trainer, asked = filling([0.5, 1.0, 0.0, 0.25, -0.1, 0.75, 0.1])
+    batch = Trainer.complete(trainer, trainer.draw(4, 0, 3, None), 4)
+    assert asked == [(0, 3), (1, 2), (2, 1)] and batch.next_prompt == {"position": 9}
+    assert [s.rewards[0] for s in batch.kept] == [0.5, 0.25, 0.75] and len(batch.drawn) == 6
+    assert (batch.tokens, batch.seconds, batch.waited) == (6 * 8 * 5, 3.0, 1.5)
+
+
+def test_what_is_drawn_too_much_tells_that_less_is_enough():
+    """All of six are useful where three are wanted: the share is 1, not 1/2, and the next draw is smaller."""
+    trainer, _ = filling([0.5] * 6)
+    batch = Trainer.complete(trainer, trainer.draw(0, 0, 6, None), 0)
+    assert (len(batch.kept), batch.useful, len(batch.drawn)) == (3, 6, 6)
+
+
+def test_a_batch_that_cannot_be_filled_says_how_hard_the_problems_are():
+    trainer, asked = filling([0.0, 0.5, 1.0, 1.0, 0.0, 1.0], filter={"low": 0.01, "high": 0.99, "attempts": 2})
+    with pytest.raises(
+        UserError, match=r"only 1 of 5 groups .* within \[0.01, 0.99\] after 2 attempts, 3 are needed; .*0/8: 2"
+    ):
+        Trainer.complete(trainer, trainer.draw(0, 0, 3, None), 0)
+    assert len(asked) == 2
+
+
+def test_recomputed_log_probs_are_of_the_policy_before_all_updates():
+    learner = SimpleNamespace(log_probs=lambda params, batches: (params, batches))
+    trainer = SimpleNamespace(
+        aepo=SimpleNamespace(old_log_probs="recomputed"), learner=learner, train_state=SimpleNamespace(params="now"),
+        packed=lambda part: ("segments", f"packed {part}"),
+    )  # fmt: skip
+    assert Trainer.recomputed(trainer, ["a", "b", "c"]) == [None, ("now", "packed b"), ("now", "packed c")]
+    trainer.aepo.old_log_probs = "sampler"
+    assert Trainer.recomputed(trainer, ["a", "b"]) == [None, None]
+
+
+def test_a_response_shorter_than_a_window_has_no_window_to_average():
+    c = get_config()
+    c.aepo.update(overlong_buffer=64)
+
+    def leaf(n, means):
+        return Trajectory(
+            np.zeros(n, int), -np.ones(n), np.ones(n), np.array(means), np.zeros(n, bool), np.zeros(n, int), -1, 0, "stop"
+        )  # fmt: skip
+
+    group = RolloutGroup("p", (leaf(5, [1.0, 2.0, 0, 0, 0]), leaf(96, [0.0] * 96), leaf(2, [0.0, 0])), 3, 0, 0)
+    right = np.array([True, False, True])
+    drawn = [ScoredGroup(None, group, 1, right, np.zeros(3), right - np.array([0, 0.5, 0]))]
+    sums = dict.fromkeys(("tokens", "entropy", "mismatch", "clip_low", "clip_high", "clip_dual"), np.ones(()))
+    trainer = SimpleNamespace(aepo=c.aepo, config=c, iteration=0, state=aepo_state.initial_state(c.aepo))
+    values = Trainer.statistics(trainer, drawn, drawn, sums)
+    assert values["entropy/window"] == pytest.approx(3 / 95)  # two windows of the first, 93 of the second
+    # 96 tokens of 128: half of the buffer is taken.
+    assert values["reward/overlong"] == pytest.approx(-0.5 / 3) and values["reward/shaping"] == pytest.approx(0)
+    alone = [dataclasses.replace(drawn[0], group=dataclasses.replace(group, leaves=group.leaves[2:]), correct=right[:1],
+                                 windows=np.zeros(1), rewards=np.ones(1))]  # fmt: skip
+    assert np.isnan(Trainer.statistics(trainer, alone, alone, sums)["entropy/window"])
 
 
 def test_overlapped_rollouts_are_one_update_old_and_no_more(trainer):
@@ -151,7 +249,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(trainer):
 
 
 def test_lora_alone_is_trained_from_the_cold_starts_and_the_sampler_gets_it_merged(trainer):
-    one = trainer("run", lora=2, steps=3, kl={"reference": "host"})
+    one = trainer("run", lora=2, steps=3, kl={"reference": "host"}, minibatches=2, old_log_probs="recomputed")
     client = run(one)
     start = one.workspace.params("cold_start")
     assert set(one.reference) == {name for name in start if is_lora(name)}

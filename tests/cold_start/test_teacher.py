@@ -32,6 +32,12 @@ def workspace(**teacher):
     return SimpleNamespace(config=config, encoder=encoder, problems=lambda split: source)
 
 
+def encode(text):
+    if "<|image_pad|>" in text:  # as the encoder does
+        raise DataError("1 image tokens for 0 image features")
+    return [0] * (len(text) + 1)
+
+
 def test_the_problems_own_responses(tmp_path):
     assert teacher_responses(workspace(), range(4), tmp_path) == {1: [Response(RIGHT)], 3: [Response(RIGHT)]}
 
@@ -47,9 +53,9 @@ def test_responses_of_files(tmp_path):
         with pytest.raises(DataError, match="b.jsonl, line 2: needs problem_id and responses"):
             read_responses([second])
     with pytest.raises(DataError, match="gone.jsonl: no such file"):
-        read_responses([tmp_path / "gone.jsonl"])
+        teacher_responses(workspace(source="file", files=(str(first), "gone.jsonl")), [0], tmp_path)
     with pytest.raises(DataError, match="teacher.files is empty"):
-        read_responses([])
+        teacher_responses(workspace(source="file"), [0], tmp_path)
 
 
 def test_responses_of_an_endpoint(tmp_path):
@@ -68,18 +74,21 @@ def test_responses_of_an_endpoint(tmp_path):
 
 def test_every_response_is_a_trace_or_a_reject_with_its_verdict(tmp_path):
     space = workspace()
-    long = f"<think>{'a' * 80}</think>\\boxed{{1}}"
+    space.encoder.encode_response = encode
+    long, drawing = f"<think>{'a' * 80}</think>\\boxed{{1}}", r"<think><|image_pad|></think>\boxed{1}"
     responses = {
         0: [Response(RIGHT), Response(WRONG), Response(r"b </think> \boxed{1}")],
-        1: [Response(RIGHT, "length"), Response(long)], 2: [],
+        1: [Response(RIGHT, "length"), Response(long), Response(drawing)], 2: [],
     }  # fmt: skip
     traces, verdicts = normalised_traces(space, responses, tmp_path)
-    assert verdicts == {"kept": 1, "rewritten": 1, "truncated": 1, "wrong_answer": 1, "too_long": 1}
+    assert verdicts == {
+        "kept": 1, "rewritten": 1, "truncated": 1, "wrong_answer": 1, "too_long": 1, "image_token": 1,
+    }  # fmt: skip
     assert [t.text for t in traces[0]] == [RIGHT, r"<think>b </think> \boxed{1}"] and set(traces) == {0}
     assert traces[0][0].tokens == len(RIGHT) + 1 and longest_trace(space.config) == 60
     rejects = read_jsonl(tmp_path / "rejects.jsonl")
     assert [(r["problem_id"], r["verdict"]) for r in rejects] == [
-        ("p0", "wrong_answer"), ("p1", "truncated"), ("p1", "too_long"),
+        ("p0", "wrong_answer"), ("p1", "truncated"), ("p1", "too_long"), ("p1", "image_token"),
     ]  # fmt: skip
     assert rejects[0]["response"] == WRONG and rejects[2]["response"] == long
 

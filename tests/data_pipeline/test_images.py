@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from data_pipeline.errors import DataError
 from data_pipeline.images import decode_image, from_data_url, read_image, read_video, to_data_url
@@ -61,6 +62,21 @@ def test_damage_raises_a_data_error_or_nothing(kind, data):
     except DataError:
         return
     assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
+
+
+def test_base64_as_long_as_a_file_name_may_not_be_but_a_path_may(tmp_path):
+    comment = PngInfo()
+    comment.add_text("t", "x" * 240)
+    texts = {n: base64.b64encode(encoded(PIXELS[:n, :1], pnginfo=comment)).decode() for n in range(1, 12)}
+    n, text = next((n, text) for n, text in texts.items() if 255 < len(text.partition("/")[0]) and len(text) < 1024)
+    np.testing.assert_array_equal(read_image(text, [tmp_path]), PIXELS[:n, :1])
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(encoded())
+    monkeypatch.setattr("pathlib.Path.read_bytes", lambda path: (_ for _ in ()).throw(PermissionError(13, "not allowed")))
+    with pytest.raises(DataError, match="a.png cannot be read .not allowed"):
+        read_image("a.png", [tmp_path])
 
 
 def test_a_video_is_a_list_of_frames_or_an_animated_file():

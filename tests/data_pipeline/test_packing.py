@@ -184,3 +184,10 @@ def test_what_is_larger_than_a_row_is_named(tokens, images, size):
     )
     with pytest.raises(ValueError, match=f"segment 1 has .*{size}.*raise packing.row_tokens"):
         pack([small, large], rows=2, row_tokens=40, row_patches=30)
+
+
+def test_halves_of_rows_have_patches_for_whole_tokens():
+    """Four devices with a row each: 136 patches, 68, and not 34, of which the vision tower would make 8.5 tokens."""
+    found = shapes(4, 352, 136, halvings=6, parts=4)
+    assert found == [(4, 352 >> n, patches) for n, patches in enumerate((136, 68, 32, 16, 8, 4, 4))]
+    assert shapes(4, 352, 136, halvings=2, parts=1) == [(4, 352, 136), (2, 352, 136), (1, 352, 136)]

@@ -14,6 +14,8 @@ from ares_jax.training import Update, abstract_state, initial_state, make_optimi
 MESH = make_mesh(devices=jax.devices()[:2])
 SPLIT, WHOLE = NamedSharding(MESH, PartitionSpec("fsdp")), NamedSharding(MESH, PartitionSpec())
 PLACE = Placement(MESH, {"w": SPLIT, "wide": WHOLE})
+CONSTANT = default_config().optimizer
+CONSTANT.update(b1=0.0, b2=0.0, weight_decay=0.0, clip_norm=9.0)
 
 
 def adamw(**changes):
@@ -61,3 +63,42 @@ def test_gradients_add_up_in_float32_and_copies_lie_where_the_parameters_do():
     state, metrics = update(initial_state(PLACE.put(params), optimizer, PLACE), [{"one": np.ones(2, np.float32)}] * 600)
     assert float(metrics["grad_norm"]) == 600
     np.testing.assert_array_equal(state.params["w"], state.optimizer[0]["w"].astype(jnp.bfloat16))
+
+
+def test_the_learning_rate_rises_stays_or_falls_as_told():
+    """By sign: Adam's first steps on a constant gradient are the learning rate itself."""
+
+    def rates(count=12, **options):
+        optimizer = make_optimizer(CONSTANT, learning_rate=0.5, **options)
+        state, found = optimizer.init({"w": jnp.zeros(())}), []
+        for _ in range(count):
+            updates, state = optimizer.update({"w": jnp.ones(())}, state, {"w": jnp.zeros(())})
+            found.append(-float(updates["w"]))
+        return found
+
+    np.testing.assert_allclose(rates(steps=10), 0.5, rtol=1e-4)
+    found = rates(steps=10, warmup_steps=4, final_fraction=0.1)
+    falling = [0.5 * (0.55 + 0.45 * np.cos(np.pi * min(t, 6) / 6)) for t in range(8)]
+    np.testing.assert_allclose(found, [0, 0.125, 0.25, 0.375, *falling], rtol=1e-4, atol=1e-7)
+
+
+def test_a_step_is_adamws_on_the_clipped_gradient_and_only_matrices_decay():
+    """One step by hand: the gradient, of norm 10, is scaled to 1; Adam's first step is its sign; matrices lose a share."""
+    options = default_config().optimizer
+    names = {
+        "text.layers.gate_kernel": (2, 3, 2), "text.layers.q_bias": (2, 3), "visual.layers.norm1": (2, 3),
+        "text.norm": (3,), "text.embedding": (4, 3), "visual.merger_in_bias": (5,),
+    }  # fmt: skip
+    params = {name: np.full(shape, 2.0, np.float32) for name, shape in names.items()}
+    grads = {name: np.zeros(shape, np.float32) for name, shape in names.items()}
+    for grad in grads.values():
+        grad.flat[0] = 10 / len(names) ** 0.5
+    optimizer = make_optimizer(options, learning_rate=0.1, steps=5)
+    updates, state = jax.jit(lambda g, p: optimizer.update(g, optimizer.init(p), p))(grads, params)
+    for name, shape in names.items():
+        moment = state[1][0].mu[name]
+        assert float(moment.max()) == pytest.approx(0.1 / len(names) ** 0.5, rel=1e-4)  # (1 - b1) x the clipped gradient
+        decay = 0.1 * 0.01 * 2.0 if name in ("text.layers.gate_kernel", "text.embedding") else 0.0
+        expected = np.full(shape, -decay)
+        expected[(0,) * len(shape)] -= 0.1
+        np.testing.assert_allclose(updates[name], expected, rtol=1e-4, atol=1e-8, err_msg=name)
