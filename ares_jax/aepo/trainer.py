@@ -88,6 +88,12 @@ def check(config: ConfigDict) -> None:
     for name, choices in _CHOICES.items():
         if values[name] not in choices:
             raise UserError(f"aepo.{name}={values[name]!r} is not one of {', '.join(map(str, choices))}")
+    if a.staleness and s.colocated and s.tensor > 1:
+        # Two threads would start programs of several chips, in any order on each; and sharing chips, neither is faster.
+        raise UserError(
+            f"aepo.staleness={a.staleness}: a colocated sampler over sampler.tensor={s.tensor} devices can only draw while "
+            "the learner does not learn; set aepo.staleness=0"
+        )
     if not 1 <= a.root_leaves <= a.group_size:
         raise UserError(f"aepo.root_leaves={a.root_leaves}: a group has {a.group_size} leaves; give 1 to {a.group_size}")
     if (longest := s.max_prompt_tokens + s.max_response_tokens) > p.row_tokens:
