@@ -113,7 +113,7 @@ def test_problems_of_the_hard_validation_split_are_not_trained_on(trainer, tmp_p
             for name in ("shaping", "old_log_probs", "tau_definition", "difficulty_rule", "baseline", "tree", "reduction")
         ),
         ({"aepo.root_leaves": 5}, "aepo.root_leaves=5: a group has 4 leaves; give 1 to 4"),
-        ({"sampler.colocated": True, "sampler.tensor": 2, "aepo.staleness": 1}, "over sampler.tensor=2 devices can only draw"),
+        ({"sampler.colocated": True, "sampler.tensor": 2, "aepo.staleness": 1}, "over sampler.tensor=2 devices can only"),
         ({"packing.row_tokens": 80}, "packing.row_tokens=80: a prompt and its response may have 88; raise it"),
         ({"packing.row_patches": 40}, "packing.row_patches=40: a prompt may have 48; raise it"),
         ({"packing.row_patches": 50}, "packing.row_patches=50: a prompt may have 48; raise it to a multiple of 4"),
