@@ -22,7 +22,7 @@ _AGAIN = frozenset({408, 409, 425, 500, 502, 504})  # may be this request's own 
 _FATAL = {401: "the key is missing or wrong", 403: "the key may not", 404: "no such path or model"}
 _CUT = (httpx.ReadTimeout, httpx.WriteTimeout, httpx.ReadError, httpx.RemoteProtocolError)  # it took the request, at least
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0  # seconds between two attempts: doubled each time, with jitter
-_REFUSALS = 20  # without an answer in between: the fault is not one problem's
+_REFUSALS = 20  # in a row, and more than it ever answered: the fault is not the problems', of which some may be too long
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class _Client:
         self._gap = 60.0 / config.requests_per_minute if config.requests_per_minute else 0.0
         self._next = 0.0  # when the next request may start
         self._down_since: float | None = None
-        self._refusals = 0
+        self._refusals = self._answers = 0
 
     async def answer(self, chat: list[dict], seed: int) -> Answer:
         """Returns all samples of one chat, in as many requests as the endpoint needs for them."""
@@ -145,7 +145,7 @@ class _Client:
             tokens += _count(value, "completion_tokens")
             read += _count(value, "prompt_tokens")
             responses += [_response(choice) for choice in value["choices"]]
-        self._refusals = 0
+        self._refusals, self._answers = 0, self._answers + 1
         return Answer(tuple(responses[: self._samples]), tokens, read)
 
     async def _post(self, body: dict) -> dict:
@@ -199,7 +199,7 @@ class _Client:
     def _refused(self, body: dict, reason: str) -> None:
         if body["n"] == 1:
             self._refusals += 1
-        if self._refusals > _REFUSALS:
+        if self._refusals > max(_REFUSALS, self._answers):
             raise UserError(f"{self._url} refused {self._refusals} problems in a row; the last: {reason}")
         raise _RefusedError(reason)
 

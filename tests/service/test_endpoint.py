@@ -183,6 +183,14 @@ def test_an_endpoint_that_refuses_everything_is_not_asked_everything(tmp_path):
     assert len(server.bodies) <= 60
 
 
+def test_many_problems_that_are_too_long_for_it_do_not_end_the_rest(tmp_path):
+    server = fake.Fake(lambda question, body, times: 400 if 30 <= int(question[1:]) < 58 else half(question, body, times))
+    with fake.serving(server) as url:
+        records = ask(config(url), problems(60), tmp_path / "r.jsonl")
+    assert [r["index"] for r in records] == [*range(30), 58, 59]
+    assert len(read_jsonl(tmp_path / "r.refused.jsonl")) == 28
+
+
 def test_thinking_that_the_server_parts_off_is_put_back():
     choice = {"message": {"content": r"\boxed{1}", "reasoning_content": "hm"}, "finish_reason": "length"}
     assert module._response(choice) == module.Response(r"<think>hm</think>\boxed{1}", "length")
