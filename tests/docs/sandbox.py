@@ -45,7 +45,8 @@ class Sandbox:
     def __init__(self, folder: Path, configs: Mapping[str, tuple[Sequence[str], Mapping[str, object]]]):
         """`configs`: by a config's file, the sections it takes from the digits' and the fields that change."""
         self.folder = folder
-        for name in ("docs", "launch", "Makefile", "requirements.txt", "requirements.lock"):
+        packages = ("ares_jax", "data_pipeline", "kernels")  # for what a command starts: it has no installation to find
+        for name in ("docs", "launch", "Makefile", "requirements.txt", "requirements.lock", *packages):
             (folder / name).symlink_to(ROOT / name)
         (folder / "ares").symlink_to(".")  # the clone on a worker
         (folder / "configs").mkdir()

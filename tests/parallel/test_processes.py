@@ -20,7 +20,7 @@ FLAGS = {
     "sampler.slots": 16, "sampler.pages": 300, "sampler.max_response_tokens": 24,
     "packing.rows": 4, "cold_start.alignment_steps": 0, "cold_start.warmup_steps": 2, "cold_start.pass_rate_problems": 8,
     "cold_start.pass_rate_samples": 2, "cold_start.selected": 8, "cold_start.epochs": 1, "cold_start.batch_size": 8,
-    "aepo.steps": 2, "aepo.prompts_per_step": 4, "aepo.group_size": 4,
+    "aepo.steps": 2, "aepo.prompts_per_step": 2, "aepo.group_size": 4,
     "aepo.root_leaves": 2, "aepo.learning_rate": 1e-4, "aepo.filter.low": -9.0, "aepo.filter.high": 9.0,
     "aepo.log_rollouts_every": 1,
 }  # fmt: skip
@@ -81,4 +81,4 @@ def test_one_process_writes_and_what_it_writes_is_of_all(runs):
     for mine, other in zip(one[1:], two[1:], strict=True):
         for name in ("length", "reward/mean", "groups/drawn", "tokens/response", "validation/accuracy", "tau_high", "loss"):
             assert (name in mine) == (name in other) and mine.get(name) == pytest.approx(other.get(name), abs=1e-4), name
-    assert len(read_jsonl(runs / "two" / "aepo" / "rollouts.jsonl")) == 4  # those of process 0, two a step
+    assert len(read_jsonl(runs / "two" / "aepo" / "rollouts.jsonl")) == 2  # those of process 0, one a step
