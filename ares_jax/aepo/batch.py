@@ -85,8 +85,9 @@ def leaf_extras(
         owned += mine
     weights = _weights(owned, aepo.reduction)
     bonuses = [_bonus(leaf, s.difficulty, state, aepo) for s in scored for leaf in s.group.leaves]
-    mean = sum(float(weight @ bonus) for weight, bonus in zip(weights, bonuses, strict=True))
-    base = mean if aepo.entropy_bonus_centred else 0.0
+    base = 0.0
+    if aepo.entropy_bonus_centred:
+        base = sum(float(weight @ bonus) for weight, bonus in zip(weights, bonuses, strict=True))
     values = [value + (bonus - base) for value, bonus in zip(values, bonuses, strict=True)]
     parts = zip(values, owned, weights, strict=True)
     return [[_extras(leaf, s.difficulty, state, aepo, *next(parts)) for leaf in s.group.leaves] for s in scored]
