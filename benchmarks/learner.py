@@ -3,12 +3,14 @@
     python -m benchmarks.learner --config=configs/digits_cpu.py --workdir=runs/benchmark
 
 Random weights, random responses of the digits task's lengths, branches at random places. PyTorch is `transformers`' own
-model under autograd, leaves padded to batches of 32; it computes the same loss, which is checked.
+model under autograd, leaves padded to batches of 32; it computes the same loss, which is checked. An update is the
+reference's log-probs, the gradient, clipping and AdamW; each starts from the same state, made before the clock runs.
 """
 
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,11 +27,13 @@ from ares_jax.checkpoints import save_hf
 from ares_jax.models.params import with_params
 from ares_jax.sampling.trajectory import RolloutGroup, Trajectory
 from ares_jax.training import initial_state, make_optimizer, trainable
+from ares_jax.training.update import TrainState
 from ares_jax.workspace import open_workspace
 from data_pipeline.packing import Segment, pack, padding_share, response_segment
 from data_pipeline.prompts import Prompt
 
-_PROMPTS, _ROOTS, _BRANCHES, _REPEATS = 32, 4, 4, 3
+_PROMPTS, _ROOTS, _BRANCHES, _REPEATS = 32, 4, 4, 5
+_LEARNING_RATE = 1e-4
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
@@ -47,22 +51,26 @@ def main(config: ConfigDict, workdir: Path) -> None:
     ]
     params = workspace.initial_params()
     reference = {name: 0.99 * value for name, value in params.items()}
-    optimizer = make_optimizer(config.optimizer, learning_rate=1e-4, steps=100)
+    optimizer = make_optimizer(config.optimizer, learning_rate=_LEARNING_RATE, steps=100)
     trained = trainable(config.optimizer)
     learner = Learner(
         workspace.model, workspace.banned, optimizer, a, workspace.placement, temperature=1.0, trainable=trained
     )
 
-    def update(segments: Sequence[Segment]):
-        own = initial_state(jax.tree.map(lambda x: x.copy(), params), optimizer, workspace.placement, trained)
-        return learner.update(own, pack(segments, **config.packing), reference)[1]
+    def start() -> TrainState:
+        return initial_state(jax.tree.map(lambda x: x.copy(), params), optimizer, workspace.placement, trained)
+
+    def update(segments: Sequence[Segment]) -> Callable[[TrainState], dict]:
+        return lambda own: learner.update(own, pack(segments, **config.packing), reference)[1]
 
     for name, segments in (("policy", params), ("reference", reference)):
         save_hf(with_params(workspace.model, segments), workdir / name)
     results = {
-        "trees": _measure(lambda: update(trees)),
-        "leaf by leaf": _measure(lambda: update(leaves)),
-        "PyTorch, leaf by leaf": _measure(lambda: _torch_update(workdir, leaves, workspace.banned, config)),
+        "trees": _measure(start, update(trees)),
+        "leaf by leaf": _measure(start, update(leaves)),
+        "PyTorch, leaf by leaf": _measure(
+            lambda: _torch_start(workdir, config), lambda own: _torch_update(*own, leaves, workspace.banned, config)
+        ),
     }
     tokens = {"trees": sum(len(s.token_ids) for s in trees)}
     padding = {
@@ -79,12 +87,13 @@ def main(config: ConfigDict, workdir: Path) -> None:
         )
 
 
-def _measure(f: Callable[[], dict]) -> tuple[float, dict]:
-    """Returns the best time of a few calls after a first one, which compiles."""
-    values, times = f(), []
+def _measure(start: Callable[[], Any], update: Callable[[Any], dict]) -> tuple[float, dict]:
+    """Returns the best time of a few updates after a first one, which compiles."""
+    values, times = update(start()), []
     for _ in range(_REPEATS):
+        state = jax.block_until_ready(start())
         begin = time.perf_counter()
-        values = f()
+        values = update(state)
         times.append(time.perf_counter() - begin)
     return min(times), values
 
@@ -109,13 +118,31 @@ def _group(prompt: Prompt, rng: np.random.Generator, allowed: np.ndarray, window
     return ScoredGroup(prompt, group, int(rng.integers(3)), correct, np.zeros(len(leaves)), correct.astype(float))
 
 
-def _torch_update(workdir: Path, leaves: Sequence[Segment], banned: np.ndarray, config: ConfigDict) -> dict[str, float]:
-    """The same loss by the definitions of method.md, in PyTorch, with the backward pass and the gradient's norm."""
-    policy, reference = _torch_model(str(workdir / "policy")), _torch_model(str(workdir / "reference"))
-    frozen = config.optimizer.freeze_vision
+_TorchState = tuple[Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLForConditionalGeneration, torch.optim.Optimizer]
+
+
+def _torch_start(workdir: Path, config: ConfigDict) -> _TorchState:
+    """Returns policy, reference and optimizer before the first update."""
+    policy, reference = (
+        Qwen2_5_VLForConditionalGeneration.from_pretrained(workdir / name, dtype=torch.float32)
+        for name in ("policy", "reference")
+    )
+    o = config.optimizer
     for name, parameter in policy.named_parameters():
-        parameter.requires_grad_(not (frozen and ".visual." in name))
-    policy.zero_grad()
+        parameter.requires_grad_(not (o.freeze_vision and ".visual." in name))
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": o.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return policy, reference, torch.optim.AdamW(groups, lr=_LEARNING_RATE, betas=(o.b1, o.b2), eps=o.eps, fused=True)
+
+
+def _torch_update(
+    policy: Qwen2_5_VLForConditionalGeneration, reference: Qwen2_5_VLForConditionalGeneration,
+    optimizer: torch.optim.Optimizer, leaves: Sequence[Segment], banned: np.ndarray, config: ConfigDict,
+) -> dict[str, float]:  # fmt: skip
+    """The same loss by the definitions of method.md, in PyTorch, with the backward pass, the gradient's norm and AdamW."""
     total, mask = 0.0, torch.tensor(banned)
     order = sorted(range(len(leaves)), key=lambda i: len(leaves[i].token_ids))
     for begin in range(0, len(order), 32):
@@ -135,17 +162,9 @@ def _torch_update(workdir: Path, leaves: Sequence[Segment], banned: np.ndarray, 
         loss = torch.where(counted, extra["weight"] * loss, 0.0).sum()
         loss.backward()
         total += loss.item()
-    norm = sum(float((p.grad**2).sum()) for p in policy.parameters() if p.grad is not None) ** 0.5
-    return {"loss": total, "grad_norm": norm}
-
-
-_models: dict[str, Qwen2_5_VLForConditionalGeneration] = {}
-
-
-def _torch_model(folder: str) -> Qwen2_5_VLForConditionalGeneration:
-    if folder not in _models:
-        _models[folder] = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    return _models[folder]
+    norm = torch.nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.requires_grad], config.optimizer.clip_norm)
+    optimizer.step()
+    return {"loss": total, "grad_norm": float(norm)}
 
 
 def _torch_log_probs(model: Qwen2_5_VLForConditionalGeneration, part: Sequence[Segment], banned: torch.Tensor):

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ares_jax.models.qwen2_5_vl import splash
 from ares_jax.models.qwen2_5_vl.blockwise import blockwise_attention
+from ares_jax.models.qwen2_5_vl.dense import dense_attention
 from ares_jax.parallel.sharding import mesh_axes, platform
 
 LONGEST_DENSE = 1024  # tokens of a row whose mask and scores are made whole
@@ -93,8 +94,10 @@ def attention(
     *,
     cudnn: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """Grouped-query attention: query head n reads key/value head n // (N / K). A row that sees nothing gives 0 or so."""
-    return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], implementation="cudnn" if cudnn else "xla")
+    """Grouped-query attention: query head n reads key/value head n // (N / K). A row that sees nothing gives anything."""
+    if cudnn:
+        return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], implementation="cudnn")
+    return dense_attention(query, key, value, mask)
 
 
 def causal_mask(segment_ids: Int[Array, "B T"], leaf_spans: Int[Array, "B 2 T"] | None = None) -> Bool[Array, "B T T"]:
