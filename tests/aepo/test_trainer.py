@@ -187,7 +187,7 @@ def test_recomputed_log_probs_are_of_the_policy_before_all_updates():
 
 def test_a_response_shorter_than_a_window_has_no_window_to_average():
     c = get_config()
-    c.aepo.update(overlong_buffer=64)
+    c.aepo.update(overlong_buffer=64, window=4)
 
     def leaf(n, means):
         return Trajectory(
@@ -262,4 +262,4 @@ def test_lora_alone_is_trained_from_the_cold_starts_and_the_sampler_gets_it_merg
     lines = read_jsonl(one.folder / "metrics.jsonl")[1:]
     assert [line["step"] for line in lines] == [1, 2, 3] and all(line["mismatch"] < 1e-5 for line in lines)
     kl = [max(value for name, value in line.items() if name.startswith("kl/")) for line in lines]
-    assert kl[0] < 1e-6 < kl[-1]  # drift from where it began
+    assert kl[-1] > 1e-6  # drift from where it began, which the second minibatch of the first step sees already
