@@ -174,6 +174,56 @@ def test_a_prompt_prefilled_layer_by_layer_while_others_decode_gives_the_same_bi
         np.testing.assert_allclose(a.log_probs, c.log_probs, atol=1e-5)
 
 
+@pytest.mark.parametrize("one_shape", [False, True])
+def test_long_prompts_prefilled_some_tokens_at_a_time_give_the_same_trees(one_shape):
+    """mRoPE positions and image features go on where the chunk before ended; pages are shared, forked, preempted."""
+    prompts = sorted(digits.prompts(6), key=lambda p: -len(p.token_ids))
+    asked = [request(p, seed=i) for i, p in enumerate(prompts)]
+    assert len(asked[0].token_ids) == 48 and len(asked[0].patches) > 30 and len(asked[-1].token_ids) > 8
+    whole = digits.engine(one_shape=one_shape).generate(asked)
+    assert any(tree.branches for tree in whole)
+    engine = digits.engine(prefill_chunk=8, pages=64, one_shape=one_shape)
+    trees = engine.generate(asked)
+    assert engine.stats()["preempted"] > 0 and engine.stats()["free_pages"] == 63
+    for tree, other in zip(trees, whole, strict=True):
+        for a, b in zip(tree.leaves, other.leaves, strict=True):
+            np.testing.assert_array_equal(a.token_ids, b.token_ids)
+            assert (a.parent, a.branch_position) == (b.parent, b.branch_position)
+            np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-5)
+            np.testing.assert_allclose(a.entropies, b.entropies, atol=1e-5)
+    if one_shape:  # the same bits whatever else is drawn
+        alone = digits.engine(prefill_chunk=8, one_shape=True).generate(asked[1:2])[0]
+        for a, b in zip(alone.leaves, trees[1].leaves, strict=True):
+            for name, value in vars(a).items():
+                np.testing.assert_array_equal(value, getattr(b, name))
+
+
+def test_others_decode_between_the_chunks_of_a_prompt_which_may_be_cancelled_there():
+    long = [p for p in digits.prompts(40) if len(p.token_ids) == 48][:2]
+    short = min(digits.prompts(6), key=lambda p: len(p.token_ids))
+    asked = [request(p, seed=i, max_new_tokens=40, tau_high=math.inf) for i, p in enumerate([short, *long])]
+    expected = digits.engine(prefill_chunk=16).generate([asked[2]])[0]
+    engine, order = digits.engine(prefill_chunk=16), []
+    fill, decode = engine._programs.prefill_part, engine._programs.decode
+    engine._programs.prefill_part = lambda *a: (order.append("tower" if a[-1].tower else a[-1].start), fill(*a))[1]
+    engine._programs.decode = lambda *a: (order.append("decode"), decode(*a))[1]
+    engine.submit(asked[0])
+    engine.step()
+    order.clear()
+    cancelled = engine.submit(asked[1])
+    for _ in range(2):
+        engine.step()
+    engine.cancel(cancelled)
+    number, finished = engine.submit(asked[2]), {}
+    while engine.busy:
+        finished.update(engine.step())
+    assert order[:12] == ["tower", "decode", 0, "decode", "tower", "decode", 0, "decode", 16, "decode", 32, "decode"]
+    assert engine.stats()["free_pages"] == 399 and cancelled not in finished
+    for a, b in zip(finished[number].leaves, expected.leaves, strict=True):
+        np.testing.assert_array_equal(a.token_ids, b.token_ids)
+        np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-5)
+
+
 def test_greedy_is_the_argmax_of_the_whole_forward():
     prompt = digits.prompts(2)[1]
     plain = request(prompt, temperature=0.0, group_size=1, root_leaves=1, tau_high=math.inf, max_new_tokens=8)
