@@ -175,13 +175,10 @@ def test_a_prompt_prefilled_layer_by_layer_while_others_decode_gives_the_same_bi
 
 
 @pytest.mark.parametrize("one_shape", [False, True])
-def test_long_prompts_prefilled_some_tokens_at_a_time_give_the_same_trees(one_shape):
+def test_prompts_prefilled_some_tokens_at_a_time_give_the_same_trees(groups, one_shape):
     """mRoPE positions and image features go on where the chunk before ended; pages are shared, forked, preempted."""
-    prompts = sorted(digits.prompts(6), key=lambda p: -len(p.token_ids))
-    asked = [request(p, seed=i) for i, p in enumerate(prompts)]
-    assert len(asked[0].token_ids) == 48 and len(asked[0].patches) > 30 and len(asked[-1].token_ids) > 8
-    whole = digits.engine(one_shape=one_shape).generate(asked)
-    assert any(tree.branches for tree in whole)
+    prompts, whole = groups
+    asked = [request(p, seed=i, temperature=1.1) for i, p in enumerate(prompts)]
     engine = digits.engine(prefill_chunk=8, pages=64, one_shape=one_shape)
     trees = engine.generate(asked)
     assert engine.stats()["preempted"] > 0 and engine.stats()["free_pages"] == 63
@@ -192,18 +189,17 @@ def test_long_prompts_prefilled_some_tokens_at_a_time_give_the_same_trees(one_sh
             np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-5)
             np.testing.assert_allclose(a.entropies, b.entropies, atol=1e-5)
     if one_shape:  # the same bits whatever else is drawn
-        alone = digits.engine(prefill_chunk=8, one_shape=True).generate(asked[1:2])[0]
-        for a, b in zip(alone.leaves, trees[1].leaves, strict=True):
+        for a, b in zip(engine.generate(asked[3:4])[0].leaves, trees[3].leaves, strict=True):
             for name, value in vars(a).items():
                 np.testing.assert_array_equal(value, getattr(b, name))
 
 
 def test_others_decode_between_the_chunks_of_a_prompt_which_may_be_cancelled_there():
-    long = [p for p in digits.prompts(40) if len(p.token_ids) == 48][:2]
+    long = [p for p in digits.prompts(60) if len(p.token_ids) > 32 and len(p.patches) == 36][:2]  # 9 tokens of an image
     short = min(digits.prompts(6), key=lambda p: len(p.token_ids))
     asked = [request(p, seed=i, max_new_tokens=40, tau_high=math.inf) for i, p in enumerate([short, *long])]
-    expected = digits.engine(prefill_chunk=16).generate([asked[2]])[0]
-    engine, order = digits.engine(prefill_chunk=16), []
+    expected = digits.engine().generate([asked[2]])[0]
+    engine, order = digits.engine(prefill_chunk=8), []
     fill, decode = engine._programs.prefill_part, engine._programs.decode
     engine._programs.prefill_part = lambda *a: (order.append("tower" if a[-1].tower else a[-1].start), fill(*a))[1]
     engine._programs.decode = lambda *a: (order.append("decode"), decode(*a))[1]
@@ -217,7 +213,7 @@ def test_others_decode_between_the_chunks_of_a_prompt_which_may_be_cancelled_the
     number, finished = engine.submit(asked[2]), {}
     while engine.busy:
         finished.update(engine.step())
-    assert order[:12] == ["tower", "decode", 0, "decode", "tower", "decode", 0, "decode", 16, "decode", 32, "decode"]
+    assert order[:14:2] == ["tower", 0, "tower", 0, 8, 16, 24] and set(order[1:14:2]) == {"decode"}
     assert engine.stats()["free_pages"] == 399 and cancelled not in finished
     for a, b in zip(finished[number].leaves, expected.leaves, strict=True):
         np.testing.assert_array_equal(a.token_ids, b.token_ids)
