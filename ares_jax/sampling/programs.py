@@ -136,7 +136,7 @@ class Programs:
         prompts: Prompts,
         x: Float[Array, "B P W"] | None,
         part: Part,
-    ) -> tuple[Float[Array, "L N S 2K H"], Float[Array, "B P W"]]:
+    ) -> tuple[Float[Array, "L N S 2K H"], Float[Array, "B P W"] | None]:
         """Runs a part on what the part before gave (the first: on None). Returns the cache and what the next one takes."""
         vision = prompts.vision
         if part.tower:

@@ -195,7 +195,10 @@ def test_prompts_prefilled_some_tokens_at_a_time_give_the_same_trees(groups, one
 
 
 def test_others_decode_between_the_chunks_of_a_prompt_which_may_be_cancelled_there():
-    long = [p for p in digits.prompts(60) if len(p.token_ids) > 32 and len(p.patches) == 36][:2]  # 9 tokens of an image
+    long = sorted(digits.prompts(40), key=lambda p: -len(p.patches))[:2]
+    for prompt in long:
+        first, *_, last = np.flatnonzero(prompt.token_ids == digits.model().config.image_token_id) // 8
+        assert first < last and len(prompt.token_ids) > 24  # the image lies in two chunks
     short = min(digits.prompts(6), key=lambda p: len(p.token_ids))
     asked = [request(p, seed=i, max_new_tokens=40, tau_high=math.inf) for i, p in enumerate([short, *long])]
     expected = digits.engine().generate([asked[2]])[0]

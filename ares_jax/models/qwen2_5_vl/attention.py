@@ -50,7 +50,7 @@ def self_attention(
     `start`: the queries are those of the Q tokens from there on; without it, of the whole row. What stands at padding
     (group 0) means nothing anywhere.
     """
-    (rows, length, heads, size), kv_heads, whole = query.shape, key.shape[2], start is None
+    (rows, length, heads, size), kv_heads = query.shape, key.shape[2]
     by_row, by_head = mesh_axes("rows", rows), mesh_axes("heads", heads)
     # Without a key/value head for each part, every part of the query heads takes a copy of the one that it reads.
     parts = math.prod(by_head.values())
@@ -63,9 +63,9 @@ def self_attention(
     unit = math.prod(by_token.values())
     kind = implementation(platform(), query.dtype, key.shape[1], size, causal=causal, queries=length // unit)
     marks = _marks(groups, leaf_spans)
-    mine = marks if whole else jax.lax.dynamic_slice_in_dim(marks, start, length, axis=2)
+    mine = marks if start is None else jax.lax.dynamic_slice_in_dim(marks, start, length, axis=2)
     if kind in ("dense", "cudnn"):
-        if whole:
+        if start is None:
             mask = causal_mask(groups, leaf_spans) if causal else same_group_mask(groups)
         else:
             mask = jax.vmap(functools.partial(sees, causal=causal))(mine, marks)
@@ -73,7 +73,8 @@ def self_attention(
     if kind == "blockwise":
         local = functools.partial(blockwise_attention, causal=causal)
     else:
-        local = functools.partial(splash.splash_attention, segments_only=leaf_spans is None and unit == 1 and whole)
+        same = unit == 1 and start is None
+        local = functools.partial(splash.splash_attention, segments_only=leaf_spans is None and same)
     if jax.sharding.get_abstract_mesh().empty:
         return local(query, key, value, mine, marks)
     # Every device attends its own queries of its own rows and heads, and skips the tiles that those do not need.
