@@ -82,6 +82,9 @@ def default_config() -> ConfigDict:
     s.host, s.port = "127.0.0.1", 0  # where `serve` listens; port 0 takes a free one
     s.image_hosts = ()  # from which a chat's images may be fetched over HTTP, such as ("images.example.org",)
     s.weight_roots = ()  # folders below which weights may be loaded by path, besides the run's own checkpoints
+    # Fetch weights from a learner on another host through JAX's transfer server (jax.experimental.transfer), which listens
+    # without a token on the address by which the two reach each other; otherwise they come over HTTP
+    s.transfers = False
     s.slots = 256  # sequences decoded together
     s.page_size = 16  # tokens a KV page
     s.pages = 8192  # pages of the KV cache
