@@ -217,6 +217,7 @@ def test_others_decode_between_the_chunks_of_a_prompt_which_may_be_cancelled_the
     while engine.busy:
         finished.update(engine.step())
     assert order[:14:2] == ["tower", 0, "tower", 0, 8, 16, 24] and set(order[1:14:2]) == {"decode"}
+    assert [o for o in order if isinstance(o, int)] == [0, *range(0, len(long[1].token_ids), 8)]  # none of padding alone
     assert engine.stats()["free_pages"] == 399 and cancelled not in finished
     for a, b in zip(finished[number].leaves, expected.leaves, strict=True):
         np.testing.assert_array_equal(a.token_ids, b.token_ids)
