@@ -82,14 +82,21 @@ def default_config() -> ConfigDict:
     s.host, s.port = "127.0.0.1", 0  # where `serve` listens; port 0 takes a free one
     s.image_hosts = ()  # from which a chat's images may be fetched over HTTP, such as ("images.example.org",)
     s.weight_roots = ()  # folders below which weights may be loaded by path, besides the run's own checkpoints
+    # Fetch weights from a learner on another host through JAX's transfer server (jax.experimental.transfer), which listens
+    # without a token on the address by which the two reach each other; otherwise they come over HTTP
+    s.transfers = False
     s.slots = 256  # sequences decoded together
     s.page_size = 16  # tokens a KV page
     s.pages = 8192  # pages of the KV cache
     s.decode_steps = 16  # tokens decoded per round trip to the host
     s.prefill_batch = 16  # prompts prefilled together
     s.prefill_layers = 16  # of the vision tower or the text decoder, run on them between two decode calls
+    # Tokens, whole pages, of a longer prompt that go through the decoder between two decode calls, all layers: what a long
+    # prompt holds up, and the memory that it takes, then grow with this instead of with its length. 0: never cut
+    s.prefill_chunk = 4096
     # Decode all slots over whole page tables always, and prefill prompts one by one: a seed then gives the same bits,
     # log-probs and all, whatever else is drawn. Otherwise they may differ by some 1e-6. Slower while slots are empty.
+    # The bits are those of these sizes: of another `prefill_chunk`, say, a longer prompt's differ.
     s.one_shape = False
     s.kernel = ""  # of the decode step: "tpu" (Pallas) or "xla"; empty: Pallas on a TPU, XLA elsewhere
     s.max_prompt_tokens = 4096  # text and image tokens

@@ -26,6 +26,7 @@ from ares_jax.parallel import aot
 from ares_jax.parallel.aot import Compiled
 from ares_jax.parallel.chips import TPUS, Chip
 from ares_jax.parallel.estimate import Estimate, estimate
+from ares_jax.sampling.shapes import prompts_together
 
 TOPICS = {
     "The run (every field: ares_jax/config.py)": ("config", "workdir"),
@@ -86,7 +87,7 @@ def kernel_flops(config: ConfigDict, shape: Qwen25VLConfig, chips: int) -> dict[
     )
     return {
         "log_probs": rows * row.attention, "more": rows * gradient_flops(row, remat=config.model.remat).attention,
-        "prefill": s.prefill_batch * prompt.attention / s.tensor,
+        "prefill": prompts_together(s.max_prompt_tokens, s.prefill_chunk, s.prefill_batch) * prompt.attention / s.tensor,
         "decode": s.slots * s.decode_steps * _token_flops(config, shape) / s.tensor,
     }  # fmt: skip
 
@@ -298,7 +299,8 @@ def report(config: ConfigDict, shape: Qwen25VLConfig, name: str) -> Iterator[str
     yield table(tuning, kernels, chip)
     yield _rate(config, shape, tuning, chip, len(devices))
     yield (
-        f"\nsampler, {'one chip' if s.tensor == 1 else f'{s.tensor} chips'}: {s.prefill_batch} prompts of "
+        f"\nsampler, {'one chip' if s.tensor == 1 else f'{s.tensor} chips'}: "
+        f"{prompts_together(s.max_prompt_tokens, s.prefill_chunk, s.prefill_batch)} prompts of "
         f"{s.max_prompt_tokens} tokens; {s.slots} sequences, {s.decode_steps} tokens each at full length"
     )
     sampler = aot.sampler_programs(config, shape, devices)

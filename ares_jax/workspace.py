@@ -190,7 +190,7 @@ class Workspace:
             max_prompt_patches=s.max_prompt_patches, max_context_tokens=s.max_prompt_tokens + s.max_response_tokens,
             prefill_batch=s.prefill_batch, decode_steps=s.decode_steps, window=self.config.aepo.window,
             kernel=s.kernel or ("tpu" if jax.default_backend() == "tpu" else "xla"), prefill_layers=s.prefill_layers,
-            one_shape=s.one_shape,
+            prefill_chunk=s.prefill_chunk, one_shape=s.one_shape,
         )  # fmt: skip
         return Engine(
             self.merged_model(params), options, eos_token_ids=[self.tokenizer.eos_token_id], banned=self.banned,

@@ -1,4 +1,5 @@
-"""Seconds until a sampler on this machine draws with new weights: through HTTP, through shared memory, from a checkpoint.
+"""Seconds until a sampler on this machine draws with new weights: through HTTP, through JAX's transfer server, through
+shared memory, from a checkpoint.
 
     python -m benchmarks.weights --config=configs/digits_cpu.py --workdir=runs/weights \
         --config.model.text.num_layers=8 --config.model.text.hidden_size=1024 --config.model.text.intermediate_size=4096 \
@@ -18,12 +19,14 @@ from ml_collections import ConfigDict
 from safetensors.numpy import save
 
 from ares_jax import cli
+from ares_jax.service import transfer
 from ares_jax.workspace import open_workspace
 
 _REPEATS, _PIECE = 4, 2**20
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
+    config.sampler.transfers = True
     workspace = open_workspace(config, workdir)
     params = workspace.initial_params()
     flat = workspace.to_send(params)
@@ -36,6 +39,10 @@ def main(config: ConfigDict, workdir: Path) -> None:
             pieces = (body[start : start + _PIECE] for start in range(0, len(body), _PIECE))
             headers = {"Content-Length": str(len(body))}
             http.put("/v1/weights", params={"version": version}, content=pieces, headers=headers).raise_for_status()
+
+        def through_transfer() -> None:
+            with transfer.offered(flat, client.urls[0]) as offer:
+                http.post("/v1/weights", json={**offer, "version": version}).raise_for_status()
 
         def through_memory() -> None:
             client.push_weights(flat, version)
@@ -66,6 +73,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
 
         rows = [
             ("HTTP push", *measure(through_http)),
+            ("`jax.experimental.transfer`", *measure(through_transfer)),
             ("shared memory (`push_weights`)", *measure(through_memory)),
         ]
         rows += zip(["Orbax: save", "Orbax: load by path"], measure(save_checkpoint, from_checkpoint), strict=True)

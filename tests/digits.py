@@ -57,12 +57,16 @@ def engine(
     slots: int = 32,
     window: int = 3,
     prefill_layers: int = 16,
+    prefill_chunk: int = 0,
     other: Qwen25VL | None = None,
     one_shape: bool = False,
 ) -> Engine:
     """Returns an engine for the shared model, or another, where its parameters lie."""
     trigger = np.random.default_rng(0).random(VOCABULARY) < 0.3  # a random model says trigger words by chance
-    options = EngineOptions(slots, 8, pages, 64, 48, 128, 4, 5, window, prefill_layers=prefill_layers, one_shape=one_shape)
+    options = EngineOptions(
+        slots, 8, pages, 64, 48, 128, 4, 5, window,
+        prefill_layers=prefill_layers, prefill_chunk=prefill_chunk, one_shape=one_shape,
+    )  # fmt: skip
     banned = np.arange(VOCABULARY) >= len(encoder().tokenizer)
     eos = [encoder().tokenizer.eos_token_id]
     return Engine(other or model(), options, eos_token_ids=eos, banned=banned, trigger_mask=trigger)

@@ -30,6 +30,7 @@ from ares_jax.parallel.chips import TPUS
 from ares_jax.parallel.hlo import Work, work
 from ares_jax.parallel.sharding import Placement, batch_sharding, make_mesh, place_model
 from ares_jax.sampling.programs import Programs, Prompts, Rows
+from ares_jax.sampling.shapes import prompt_sizes, prompts_together
 from ares_jax.training import Update, abstract_state, make_optimizer, trainable
 from ares_jax.training.log_probs import token_statistics
 
@@ -153,12 +154,13 @@ def sampler_programs(
     t, none = shape.text, jnp.zeros(shape.text.vocab_size, bool)
     programs = Programs(
         model, eos_token_ids=(0,), banned=none, trigger=none, steps=s.decode_steps, kernel=s.kernel or "tpu",
-        prefill_layers=s.prefill_layers,
+        prefill_layers=s.prefill_layers, prefill_chunk=s.prefill_chunk,
     )  # fmt: skip
     heads = cached_heads(t.num_heads, t.num_kv_heads, s.tensor)
     with jax.set_mesh(mesh):
         pages = array((t.num_layers, s.pages, s.page_size, 2 * heads, t.head_dim), model.text.dtype, *cache_spec(heads))
-    rows, tokens, patches = s.prefill_batch, s.max_prompt_tokens, s.max_prompt_patches
+    tokens, patches = prompt_sizes(s.max_prompt_tokens, s.page_size, s.prefill_chunk)[-1], s.max_prompt_patches
+    rows = prompts_together(tokens, s.prefill_chunk, s.prefill_batch)
     vision = VisionInputs(
         array((rows, patches, shape.vision.patch_values), jnp.float32), array((rows, patches, 2), jnp.int32),
         array((rows, patches), jnp.int32), array((rows, patches), jnp.int32),

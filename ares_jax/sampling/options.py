@@ -27,6 +27,7 @@ class EngineOptions:
     window: int  # tokens of an entropy window
     kernel: str = "xla"  # implementation of `kernels.sample_with_entropy`
     prefill_layers: int = 16  # run between two decode calls
+    prefill_chunk: int = 0  # tokens of a longer prompt that the decoder runs between two decode calls; 0: all
     one_shape: bool = False  # of all decode calls, and a prompt a prefill: bits do not depend on what else is drawn
 
     def __post_init__(self):
@@ -36,6 +37,10 @@ class EngineOptions:
             )
         if self.prefill_layers < 1:
             raise UserError(f"sampler.prefill_layers={self.prefill_layers}: give at least 1")
+        if self.prefill_chunk < 0 or self.prefill_chunk < self.max_prompt_tokens and self.prefill_chunk % self.page_size:
+            raise UserError(
+                f"sampler.prefill_chunk={self.prefill_chunk}: make it a multiple of page_size {self.page_size}, or 0 (off)"
+            )
 
     def room(self, prompt_tokens: int, leaves: int) -> int:
         """Returns the most tokens that each of `leaves` may draw after such a prompt; below 1 there is no room."""

@@ -1,4 +1,4 @@
-"""Prompts on their way into the cache: padded to few shapes, run some layers at a time."""
+"""Prompts on their way into the cache: padded to few shapes, run some layers, or some tokens, at a time."""
 
 import collections
 from collections.abc import Callable, Sequence
@@ -10,14 +10,14 @@ import numpy as np
 from ares_jax.models.qwen2_5_vl import VisionInputs
 from ares_jax.sampling.options import EngineOptions
 from ares_jax.sampling.programs import Part, Prompts
-from ares_jax.sampling.shapes import bucket, sizes, smallest
+from ares_jax.sampling.shapes import bucket, prompt_sizes, prompts_together, sizes, smallest
 from ares_jax.sampling.tree import Group
 from data_pipeline.vision_layout import vision_layout
 
 
 @dataclass(eq=False)
 class Filling:
-    """Prompts of one shape on their way through the layers."""
+    """Prompts of one shape on their way through the model."""
 
     groups: list[Group]  # row by row
     prompts: Prompts
@@ -43,7 +43,8 @@ class PromptShapes:
     def __init__(self, options: EngineOptions, patch_unit: int):
         """`patch_unit`: patches that the vision tower merges into a token."""
         self._page_size, self._batch = options.page_size, 1 if options.one_shape else options.prefill_batch
-        self._tokens = sizes(options.max_prompt_tokens, options.page_size)
+        self._chunk = options.prefill_chunk
+        self._tokens = prompt_sizes(options.max_prompt_tokens, options.page_size, options.prefill_chunk)
         self._patches = (0, *sizes(options.max_prompt_patches, patch_unit))
 
     def fillings(self, groups: Sequence[Group], parts: Callable[[Prompts], list[Part]]) -> list[Filling]:
@@ -58,10 +59,12 @@ class PromptShapes:
             shapes[smallest(self._tokens, tokens), smallest(self._patches, patches)].append(group)
         fillings = []
         for (length, space), alike in shapes.items():
-            for begin in range(0, len(alike), self._batch):
-                batch = alike[begin : begin + self._batch]
+            together = prompts_together(length, self._chunk, self._batch)
+            for begin in range(0, len(alike), together):
+                batch = alike[begin : begin + together]
                 prompts = self._padded(batch, length, space)
-                fillings.append(Filling(batch, prompts, parts(prompts)))
+                longest = max(len(group.request.token_ids) for group in batch)
+                fillings.append(Filling(batch, prompts, [part for part in parts(prompts) if part.start < longest]))
         return fillings
 
     def _padded(self, groups: Sequence[Group], length: int, space: int) -> Prompts:

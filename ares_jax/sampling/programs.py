@@ -29,11 +29,13 @@ class Prompts(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Some layers of a prefill, from layer `first` on."""
+    """Some layers of a prefill, from layer `first` on, over whole prompts or some of their tokens."""
 
     tower: bool  # of the vision tower, else of the text decoder
     first: int
     layers: int
+    start: int = 0
+    tokens: int = 0  # from token `start` on, through all layers of the decoder; 0: the whole prompt
 
 
 class Rows(NamedTuple):
@@ -98,13 +100,15 @@ class Programs:
 
     def __init__(
         self, model: Qwen25VL, *, eos_token_ids: tuple[int, ...], banned: Bool[Array, "V"], trigger: Bool[Array, "V"],
-        steps: int, kernel: str, prefill_layers: int,
+        steps: int, kernel: str, prefill_layers: int, prefill_chunk: int = 0,
     ):  # fmt: skip
+        """`prefill_chunk`: tokens of a longer prompt that go through the decoder together, whole pages; 0: all."""
         c = model.config
+        self._chunk, self._layers = prefill_chunk, c.text.num_layers
         self._text_parts = [Part(False, *part) for part in _divided(c.text.num_layers, prefill_layers)]
         self._tower_parts = [Part(True, *part) for part in _divided(c.vision.num_layers, prefill_layers)]
-        self.see = jax.jit(partial(_see, model), static_argnames="count")
-        self.fill = jax.jit(partial(_fill, model), static_argnames=("begin", "count"), donate_argnames="kv_pages")
+        self.see = jax.jit(partial(_see, model), static_argnames=("count", "end"))
+        self.fill = jax.jit(partial(_fill, model), static_argnames=("begin", "count", "tokens"), donate_argnames="kv_pages")
         self.copy_pages = jax.jit(_copy_pages, donate_argnums=0)
         self.read_pages = jax.jit(_read_pages)
         self.write_pages = jax.jit(_write_pages, donate_argnums=0)
@@ -113,7 +117,10 @@ class Programs:
 
     def parts(self, prompts: Prompts) -> list[Part]:
         """Returns the parts that fill the prompts' pages, in order."""
-        return [*(self._tower_parts if prompts.vision else ()), *self._text_parts]
+        length, chunk, text = prompts.tokens.shape[1], self._chunk, self._text_parts
+        if chunk and length > chunk:
+            text = [Part(False, 0, self._layers, start, chunk) for start in range(0, length, chunk)]
+        return [*(self._tower_parts if prompts.vision else ()), *text]
 
     def prefill(self, params: Any, kv_pages: Float[Array, "L N S 2K H"], prompts: Prompts) -> Float[Array, "L N S 2K H"]:
         """Runs all parts. Returns the cache."""
@@ -129,17 +136,23 @@ class Programs:
         prompts: Prompts,
         x: Float[Array, "B P W"] | None,
         part: Part,
-    ) -> tuple[Float[Array, "L N S 2K H"], Float[Array, "B P W"]]:
+    ) -> tuple[Float[Array, "L N S 2K H"], Float[Array, "B P W"] | None]:
         """Runs a part on what the part before gave (the first: on None). Returns the cache and what the next one takes."""
-        vision, first = prompts.vision, np.int32(part.first)
+        vision = prompts.vision
         if part.tower:
             assert vision is not None
-            return kv_pages, self.see(params, x, vision, first, count=part.layers)
-        if _LAYERS in params:
-            params = {**params, _LAYERS: params[_LAYERS][part.first : part.first + part.layers]}
-        return self.fill(
-            params, kv_pages, x, prompts._replace(vision=None), first, begin=part.first == 0, count=part.layers
-        )  # fmt: skip
+            end = part == self._tower_parts[-1]
+            return kv_pages, self.see(params, x, vision, np.int32(part.first), count=part.layers, end=end)
+        prompts, hidden, start = prompts._replace(vision=None), x, np.int32(part.start) if part.tokens else None
+        for some in self._text_parts if part.tokens else [part]:
+            own = params
+            if _LAYERS in params:
+                own = {**params, _LAYERS: params[_LAYERS][some.first : some.first + some.layers]}
+            kv_pages, hidden = self.fill(
+                own, kv_pages, hidden, prompts, np.int32(some.first), start, begin=some.first == 0, count=some.layers,
+                tokens=part.tokens,
+            )  # fmt: skip
+        return kv_pages, x if part.tokens else hidden  # the next tokens, too, take what the vision tower gave
 
 
 def _divided(layers: int, most: int) -> list[tuple[int, int]]:
@@ -151,10 +164,19 @@ def _divided(layers: int, most: int) -> list[tuple[int, int]]:
 
 @jax.named_scope("prefill")
 def _see(
-    model: Qwen25VL, params: Any, x: Float[Array, "B P W"] | None, inputs: VisionInputs, first: Int[Array, ""], *, count: int
+    model: Qwen25VL,
+    params: Any,
+    x: Float[Array, "B P W"] | None,
+    inputs: VisionInputs,
+    first: Int[Array, ""],
+    *,
+    count: int,
+    end: bool,
 ) -> Float[Array, "B P W"]:
+    """`end`: returns the features, [B, P / 4, D]."""
     tower = _whole(model, params)[0].visual
-    return tower.some(tower.begin(inputs) if x is None else x, inputs, first, count)
+    x = tower.some(tower.begin(inputs) if x is None else x, inputs, first, count)
+    return tower.merge(x) if end else x
 
 
 @jax.named_scope("prefill")
@@ -165,16 +187,18 @@ def _fill(
     x: Float[Array, "B P W"] | None,
     prompts: Prompts,
     first: Int[Array, ""],
+    start: Int[Array, ""] | None,
     *,
     begin: bool,
     count: int,
+    tokens: int,
 ) -> tuple[Float[Array, "L N S 2K H"], Float[Array, "B T D"]]:
-    """`begin`: x is what the vision tower gave, or None for text alone."""
+    """`begin`: x are the features that the vision tower gave, or None for text alone. `start`: of `tokens` from there on."""
     model, layers = _whole(model, params)
     if begin:
-        x = model.embed(prompts.tokens, None if x is None else model.visual.merge(x))
+        x = model.embed(prompts.tokens, x, start, tokens)
     x, kv_pages = model.text.prefill(
-        x, prompts.positions, prompts.segment_ids, kv_pages, prompts.pages, first, count, layers
+        x, prompts.positions, prompts.segment_ids, kv_pages, prompts.pages, first, count, layers, start
     )  # fmt: skip
     return _placed(kv_pages), x
 

@@ -18,6 +18,17 @@ def sizes(largest: int, unit: int) -> tuple[int, ...]:
     return tuple(sorted(whole))
 
 
+def prompt_sizes(largest: int, page: int, chunk: int) -> tuple[int, ...]:
+    """Returns the sizes that prompts are padded to: whole pages, and whole chunks (0: there are none) where one is cut."""
+    whole = sizes(largest, page)
+    return tuple(sorted({-(-size // chunk) * chunk if 0 < chunk < size else size for size in whole}))
+
+
+def prompts_together(size: int, chunk: int, batch: int) -> int:
+    """Returns how many prompts of a size go through the model together: one that is cut into chunks is work enough."""
+    return 1 if 0 < chunk < size else batch
+
+
 def smallest(ascending: Sequence[int], value: int) -> int:
     """Returns the first of the `ascending` sizes that holds `value`."""
     return ascending[bisect.bisect_left(ascending, value)]

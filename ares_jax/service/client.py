@@ -18,6 +18,7 @@ from safetensors.numpy import save
 
 from ares_jax.errors import UserError
 from ares_jax.sampling.trajectory import RolloutGroup, RolloutRequest
+from ares_jax.service import transfer
 from ares_jax.service.protocol import VERSION_HEADER, decode_group, encode_request
 from ares_jax.service.shared_memory import file_in
 
@@ -26,7 +27,7 @@ _CHUNK = 64  # groups a request carries, at most: small enough to spread, large 
 _PIECE = 2**20  # bytes handed to the socket at a time (httpcore copies the rest of a piece at every partial write)
 _CHUNK_BYTES = 64 * 2**20  # of pixels a request carries, at most, unless a single group has more
 _SILENCE = 60.0  # seconds; a sampler at work says so every few
-_LOADING = 600.0  # seconds until weights are taken
+_TAKEN = httpx.Timeout(10.0, read=600.0, write=_SILENCE)  # until weights are taken, between two steps of the engine
 _SLOW = 3.0  # times as long as the slowest request that has been answered whole: then idle samplers are asked too
 
 
@@ -42,7 +43,7 @@ class RolloutClient:
         self._samplers = [_Sampler(url, headers) for url in urls]
         self.urls = tuple(urls)
         self._patience = patience
-        self._pushed: tuple[bytes, int] | None = None  # for samplers that come back
+        self._pushed: _Weights | None = None  # for samplers that come back
 
     def wait_until_ready(self) -> None:
         """Returns once every sampler answers. Raises `UserError` when the patience is over."""
@@ -58,18 +59,19 @@ class RolloutClient:
     ) -> None:
         """Gives every sampler new weights, all at a time; one that is away gets them when it is back.
 
-        A sampler on this machine gets them through its memory, others through HTTP. What a sampler has begun goes on with
-        them, or, by `in_flight`, finishes with the old ones first.
+        A sampler on this machine gets them through its memory, others fetch them through JAX's transfer server if they are
+        willing and able to, or get them through HTTP. What a sampler has begun goes on with them, or, by `in_flight`,
+        finishes with the old ones first.
 
         Raises:
           UserError: one refuses them, or none could be reached for `patience` seconds.
         """
-        body = save({name: np.ascontiguousarray(value) for name, value in flat.items()})
+        weights = _Weights(flat, version)
         deadline = time.monotonic() + self._patience
 
         def give(sampler: _Sampler) -> httpx.HTTPError | None:
             try:
-                sampler.put_weights(body, version, in_flight)
+                sampler.put_weights(weights, in_flight)
             except httpx.HTTPError as error:
                 return error
             return None
@@ -79,7 +81,7 @@ class RolloutClient:
                 if time.monotonic() > deadline:
                     raise _unreachable(self._samplers[-1], errors[-1] or "") from None
                 time.sleep(0.2)
-        self._pushed = body, version
+        self._pushed = weights
 
     def rollouts(
         self,
@@ -146,6 +148,21 @@ class RolloutClient:
         now = time.monotonic()
         since = [sampler.down_since for sampler in self._samplers]  # other threads change them meanwhile
         return all(start is not None and now - start > self._patience for start in since)
+
+
+class _Weights:
+    """Weights and their version; as a safetensors file once one sampler or more take them so."""
+
+    def __init__(self, flat: Mapping[str, np.ndarray], version: int):
+        self.flat, self.version = flat, version
+        self._body: bytes | None = None
+        self._lock = threading.Lock()
+
+    def body(self) -> bytes:
+        with self._lock:
+            if self._body is None:
+                self._body = save({name: np.ascontiguousarray(value) for name, value in self.flat.items()})
+            return self._body
 
 
 @dataclass(eq=False)
@@ -236,6 +253,7 @@ class _Sampler:
         self.url = url
         self.stale = False  # it was lost: it may be a new process with other weights
         self.down_since: float | None = None
+        self._fetches = transfer.available()  # until it does not: each offer that it leaves would keep its arrays
         self._lock = threading.Lock()
         timeout = httpx.Timeout(10.0, read=_SILENCE, write=_SILENCE)
         self._client = httpx.Client(base_url=url, headers=headers, timeout=timeout)
@@ -248,33 +266,43 @@ class _Sampler:
             return str(error) or type(error).__name__
         return None if answer.status_code == 200 else _reason(answer)
 
-    def put_weights(self, body: bytes, version: int, in_flight: str = "continue") -> None:
+    def put_weights(self, weights: _Weights, in_flight: str = "continue") -> None:
         self.stale = True  # until it has them
-        timeout = httpx.Timeout(10.0, read=_LOADING, write=_SILENCE)  # they are taken between two steps of the engine
-        options: dict[str, str | int] = {"version": version, "in_flight": in_flight}
-        with file_in(self._shared_folder(), body) as uri:
-            if uri is not None:
-                answer = self._client.post("/v1/weights", json={"uri": uri, **options}, timeout=timeout)
-            else:
-                answer = self._client.put("/v1/weights", params=options, timeout=timeout, **_content(body))
+        options: dict[str, str | int] = {"version": weights.version, "in_flight": in_flight}
+        ways = self._client.get("/v1/weights")
+        known = ways.json() if ways.status_code == 200 else {}
+        # Nobody else has a folder of that name: if it is there, so is the sampler.
+        folder = Path(known["shared_folder"]) if known.get("shared_folder") else None
+        here = folder is not None and folder.is_dir()
+        answer = self._offer(weights, options) if self._fetches and known.get("transfers") and not here else None
+        if answer is None:
+            answer = self._hand_over(weights.body(), folder, options)
         if answer.status_code != 200:
             raise UserError(f"sampler {self.url} refused the weights: {_reason(answer)}")
         self.stale, self.down_since = False, None
 
-    def _shared_folder(self) -> Path | None:
-        """Returns the sampler's folder in memory. Nobody else has one of that name: if it is there, so is the sampler."""
-        answer = self._client.get("/v1/weights")
-        folder = answer.json().get("shared_folder") if answer.status_code == 200 else None
-        return Path(folder) if folder else None
+    def _hand_over(self, body: bytes, folder: Path | None, options: Mapping[str, str | int]) -> httpx.Response:
+        with file_in(folder, body) as uri:
+            if uri is not None:
+                return self._client.post("/v1/weights", json={"uri": uri, **options}, timeout=_TAKEN)
+            return self._client.put("/v1/weights", params=options, timeout=_TAKEN, **_content(body))
 
-    def restore(self, pushed: tuple[bytes, int] | None) -> None:
+    def _offer(self, weights: _Weights, options: Mapping[str, str | int]) -> httpx.Response | None:
+        """Has the sampler fetch them. None: it could not, as through a proxy or a firewall, and is not asked again."""
+        self._fetches = False
+        with transfer.offered(weights.flat, self.url) as offer:
+            answer = self._client.post("/v1/weights", json={**offer, **options}, timeout=_TAKEN)
+        self._fetches = answer.status_code == 200
+        return None if answer.status_code == 502 else answer
+
+    def restore(self, pushed: _Weights | None) -> None:
         """Gives a sampler that was lost the weights that the others have."""
         with self._lock:
             if self.stale and pushed is not None:
-                self.put_weights(*pushed)
+                self.put_weights(pushed)
 
     def ask(
-        self, requests: Sequence[RolloutRequest], pushed: tuple[bytes, int] | None
+        self, requests: Sequence[RolloutRequest], pushed: _Weights | None
     ) -> Generator[tuple[int, RolloutGroup] | None, None, None]:
         """Yields (index, group) as they finish, None as a sign of life.
 
@@ -292,7 +320,7 @@ class _Sampler:
             if answer.status_code != 200:
                 answer.read()
                 raise UserError(f"sampler {self.url} refused the rollouts: {_reason(answer)}")
-            if pushed is not None and int(answer.headers.get(VERSION_HEADER, pushed[1])) < pushed[1]:
+            if pushed is not None and int(answer.headers.get(VERSION_HEADER, pushed.version)) < pushed.version:
                 raise httpx.ReadError("it was started anew since the last request: its weights are other ones")
             count = 0
             for line in answer.iter_lines():

@@ -52,12 +52,13 @@ class Limits:
 
 def make_app(
     worker: Worker, *, model_name: str, token: str = "", limits: Limits = Limits(), chat_format: ChatFormat | None = None,
-    image_hosts: Sequence[str] = (), weight_roots: Sequence[Path] = (), shared: Path | None = None,
+    image_hosts: Sequence[str] = (), weight_roots: Sequence[Path] = (), shared: Path | None = None, transfers: bool = False,
 ) -> FastAPI:  # fmt: skip
     """Returns the application. With a `token`, every path but /health asks for it as a bearer token.
 
     Without a `chat_format` there is no chat endpoint; `image_hosts` are those from which it may fetch images.
-    Weights are read from files below `weight_roots` and `shared`, a folder in memory, only.
+    Weights are read from files below `weight_roots` and `shared`, a folder in memory, only; with `transfers` they may be
+    fetched from whoever asks for it.
     """
     started = int(time.time())
     app = FastAPI(title="ares-jax sampler", docs_url=None, redoc_url=None, max_body_size=limits.body_bytes)
@@ -96,7 +97,7 @@ def make_app(
     if chat_format is not None:
         make_prompt = PromptMaker(chat_format, image_hosts, limits.chat)
         app.include_router(chat_router(worker, chat_format, make_prompt, model_name=model_name, limits=limits.chat))
-    app.include_router(weight_router(worker, roots=weight_roots, shared_folder=shared))
+    app.include_router(weight_router(worker, roots=weight_roots, shared_folder=shared, transfers=transfers))
 
     @app.get("/health")
     async def health():
@@ -169,11 +170,11 @@ def make_app(
 def run_server(
     make_engine: Callable[[], EngineLike], *, host: str, port: int, model_name: str, ready_file: Path | None = None,
     make_chat_format: Callable[[], ChatFormat] | None = None, image_hosts: Sequence[str] = (),
-    weight_roots: Sequence[Path] = (),
+    weight_roots: Sequence[Path] = (), transfers: bool = False,
 ) -> None:  # fmt: skip
     """Serves until SIGTERM, then lets running requests finish. `port` 0 takes a free one.
 
-    `make_chat_format`, `image_hosts`, `weight_roots`: as of `make_app`.
+    `make_chat_format`, `image_hosts`, `weight_roots`, `transfers`: as of `make_app`.
 
     `ready_file` receives {"url", "pid"} once the server answers. The token is the environment variable ARES_TOKEN.
 
@@ -195,9 +196,11 @@ def run_server(
     with shared_folder() as shared:
         app = make_app(
             worker, model_name=model_name, token=token, chat_format=chat_format, image_hosts=image_hosts,
-            weight_roots=weight_roots, shared=shared,
+            weight_roots=weight_roots, shared=shared, transfers=transfers,
         )  # fmt: skip
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_DRAIN))
+        # No proxy's headers: weights are fetched from where a request comes from, not from where it says that it does.
+        settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_DRAIN, proxy_headers=False)
+        server = uvicorn.Server(settings)
 
         async def serve():
             running = asyncio.create_task(server.serve(sockets=[listener]))

@@ -130,7 +130,7 @@ def test_each_platform_has_its_attention():
     assert implementation("cpu", wide, 1024, 64, causal=True) == "dense"
     assert implementation("cpu", half, 4096, 128, causal=True) == "blockwise"
     assert implementation("tpu", half, 4096, 128, causal=True) == "splash"
-    assert implementation("tpu", half, 4096, 128, causal=True, unit=16) == "blockwise"  # 256 queries a device
+    assert implementation("tpu", half, 4096, 128, causal=True, queries=256) == "blockwise"  # 256 queries a device
     assert implementation("tpu", half, 4096, 80, causal=False) == "blockwise"  # the vision tower
     assert implementation("gpu", half, 4096, 128, causal=True) == "cudnn"
     assert implementation("gpu", half, 4096, 80, causal=False) == "cudnn"

@@ -174,6 +174,56 @@ def test_a_prompt_prefilled_layer_by_layer_while_others_decode_gives_the_same_bi
         np.testing.assert_allclose(a.log_probs, c.log_probs, atol=1e-5)
 
 
+@pytest.mark.parametrize("one_shape", [False, True])
+def test_prompts_prefilled_some_tokens_at_a_time_give_the_same_trees(groups, one_shape):
+    """mRoPE positions and image features go on where the chunk before ended; pages are shared, forked, preempted."""
+    prompts, whole = groups
+    asked = [request(p, seed=i, temperature=1.1) for i, p in enumerate(prompts)]
+    engine = digits.engine(prefill_chunk=8, pages=64, one_shape=one_shape)
+    trees = engine.generate(asked)
+    assert engine.stats()["preempted"] > 0 and engine.stats()["free_pages"] == 63
+    for tree, other in zip(trees, whole, strict=True):
+        for a, b in zip(tree.leaves, other.leaves, strict=True):
+            np.testing.assert_array_equal(a.token_ids, b.token_ids)
+            assert (a.parent, a.branch_position) == (b.parent, b.branch_position)
+            np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-5)
+            np.testing.assert_allclose(a.entropies, b.entropies, atol=1e-5)
+    if one_shape:  # the same bits whatever else is drawn
+        for a, b in zip(engine.generate(asked[3:4])[0].leaves, trees[3].leaves, strict=True):
+            for name, value in vars(a).items():
+                np.testing.assert_array_equal(value, getattr(b, name))
+
+
+def test_others_decode_between_the_chunks_of_a_prompt_which_may_be_cancelled_there():
+    long = sorted(digits.prompts(40), key=lambda p: -len(p.patches))[:2]
+    for prompt in long:
+        first, *_, last = np.flatnonzero(prompt.token_ids == digits.model().config.image_token_id) // 8
+        assert first < last and len(prompt.token_ids) > 24  # the image lies in two chunks
+    short = min(digits.prompts(6), key=lambda p: len(p.token_ids))
+    asked = [request(p, seed=i, max_new_tokens=40, tau_high=math.inf) for i, p in enumerate([short, *long])]
+    expected = digits.engine().generate([asked[2]])[0]
+    engine, order = digits.engine(prefill_chunk=8), []
+    fill, decode = engine._programs.prefill_part, engine._programs.decode
+    engine._programs.prefill_part = lambda *a: (order.append("tower" if a[-1].tower else a[-1].start), fill(*a))[1]
+    engine._programs.decode = lambda *a: (order.append("decode"), decode(*a))[1]
+    engine.submit(asked[0])
+    engine.step()
+    order.clear()
+    cancelled = engine.submit(asked[1])
+    for _ in range(2):
+        engine.step()
+    engine.cancel(cancelled)
+    number, finished = engine.submit(asked[2]), {}
+    while engine.busy:
+        finished.update(engine.step())
+    assert order[:14:2] == ["tower", 0, "tower", 0, 8, 16, 24] and set(order[1:14:2]) == {"decode"}
+    assert [o for o in order if isinstance(o, int)] == [0, *range(0, len(long[1].token_ids), 8)]  # none of padding alone
+    assert engine.stats()["free_pages"] == 399 and cancelled not in finished
+    for a, b in zip(finished[number].leaves, expected.leaves, strict=True):
+        np.testing.assert_array_equal(a.token_ids, b.token_ids)
+        np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-5)
+
+
 def test_greedy_is_the_argmax_of_the_whole_forward():
     prompt = digits.prompts(2)[1]
     plain = request(prompt, temperature=0.0, group_size=1, root_leaves=1, tau_high=math.inf, max_new_tokens=8)

@@ -23,11 +23,11 @@ from tests.sampling.test_engine import request
 GIB = 2**30
 
 
-def split_engine(tensor):
+def split_engine(tensor, **sizes):
     """An engine over `tensor` devices; its weights are zeros."""
     place = digits.placement(tensor=tensor)
     zeros = {name: jnp.zeros_like(value) for name, value in to_flat(digits.model()).items()}
-    return digits.engine(other=with_params(digits.model(), place.put(zeros)))
+    return digits.engine(other=with_params(digits.model(), place.put(zeros)), **sizes)
 
 
 def requests():
@@ -45,9 +45,10 @@ def expected():
     return digits.engine().generate(requests())
 
 
-@pytest.mark.parametrize("tensor", [2, 4])  # of 4 query and 2 key/value heads: split, and split with copies
-def test_trees_are_those_of_one_device(expected, tensor):
-    engine = split_engine(tensor)
+# Of 4 query and 2 key/value heads: split, and split with copies; and prompts that are cut into chunks.
+@pytest.mark.parametrize("tensor, chunk", [(2, 0), (4, 0), (4, 16)])
+def test_trees_are_those_of_one_device(expected, tensor, chunk):
+    engine = split_engine(tensor, prefill_chunk=chunk)
     learner = digits.placement(fsdp=2, tensor=2)
     LocalSampler(engine).push_weights(learner.put(to_flat(digits.model())), 3)
     for group, other in zip(engine.generate(requests()), expected, strict=True):

@@ -20,7 +20,7 @@ from ares_jax.errors import UserError
 from ares_jax.models.params import to_flat
 from ares_jax.sampling import Engine, EngineOptions, RolloutRequest
 from ares_jax.sampling.branching import select_branches
-from ares_jax.sampling.programs import Drawn
+from ares_jax.sampling.programs import Drawn, Part
 from tests import digits
 
 EOS, WINDOW, TAU, STEPS, PARTS = 0, 2, 0.5, 3, 3
@@ -49,10 +49,11 @@ class TokenCache:
         self.references = references
 
     def parts(self, prompts):
-        return range(PARTS)
+        return [Part(False, i, 1) for i in range(PARTS)]
 
     def prefill_part(self, params, cache, prompts, x, part):
         """Writes every third token."""
+        part = part.first
         assert x == (part - 1 if part else None), "a part begins with what another gave than the one before"
         assert (prompts.pages == 0).all() or all(self.references(page) == 1 for page in prompts.pages[prompts.pages > 0])
         for row, segment, table in zip(prompts.tokens, prompts.segment_ids, prompts.pages, strict=True):
@@ -251,7 +252,7 @@ def test_weights_that_come_while_a_prompt_is_prefilled_see_all_of_it():
     engine.step()
     number, seen = engine.submit(request(8, seed=2)), []
     fill = engine._programs.prefill_part
-    engine._programs.prefill_part = lambda *rest: (seen.append((engine.policy_version, rest[-1])), fill(*rest))[1]
+    engine._programs.prefill_part = lambda *rest: (seen.append((engine.policy_version, rest[-1].first)), fill(*rest))[1]
     engine.step()
     engine.load_weights(to_flat(digits.model()), 5)
     while number not in (finished := dict(engine.step())):

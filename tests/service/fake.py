@@ -107,7 +107,8 @@ def serving(engine, *, token: str = "", limits: Limits = _LIMITS, port: int = 0,
     """Yields the address of a server in a thread."""
     worker = Worker(engine)
     app = make_app(worker, model_name="fake", token=token, limits=limits, **chat)
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", timeout_graceful_shutdown=5))
+    settings = uvicorn.Config(app, port=port, log_level="error", timeout_graceful_shutdown=5, proxy_headers=False)
+    server = uvicorn.Server(settings)
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

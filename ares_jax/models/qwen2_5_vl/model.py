@@ -74,17 +74,30 @@ class Qwen25VL(nnx.Module):
         """
         return self.text.decode(self.text.embed(tokens), positions, kv_pages, page_table, lengths, layers)
 
-    def embed(self, tokens: Int[Array, "B T"], features: Float[Array, "B F D"] | None) -> Float[Array, "B T D"]:
-        """Returns what the text decoder begins with: tokens, and image features in the place of image tokens."""
-        x = self.text.embed(tokens)
+    def embed(
+        self,
+        tokens: Int[Array, "B T"],
+        features: Float[Array, "B F D"] | None,
+        start: Int[Array, ""] | None = None,
+        count: int = 0,
+    ) -> Float[Array, "B Q D"]:
+        """Returns what the text decoder begins with: tokens, and image features in the place of image tokens.
+
+        `start`: of `count` tokens from there on; without it, of all.
+        """
+
+        def part(x):
+            return x if start is None else jax.lax.dynamic_slice_in_dim(x, start, count, axis=1)
+
+        x = self.text.embed(part(tokens))
         if features is None:
             return x
         features = features.astype(x.dtype)
         c = self.config
         is_visual = (tokens == c.image_token_id) | (tokens == c.video_token_id)
         # The n-th visual token of a row takes the n-th feature of the row.
-        index = jnp.clip(jnp.cumsum(is_visual, axis=1) - 1, 0, features.shape[1] - 1)
-        return jnp.where(is_visual[..., None], jnp.take_along_axis(features, index[..., None], axis=1), x)
+        index = part(jnp.clip(jnp.cumsum(is_visual, axis=1) - 1, 0, features.shape[1] - 1))
+        return jnp.where(part(is_visual)[..., None], jnp.take_along_axis(features, index[..., None], axis=1), x)
 
 
 def abstract_model(

@@ -1,4 +1,4 @@
-"""One query token a row over a paged cache: JAX's ragged kernel on TPUs, a gather elsewhere. Softmax in float32.
+"""The paged cache, and one query token a row over it: JAX's ragged kernel on TPUs, a gather elsewhere. Softmax in float32.
 
 The cache is [layers, pages, slots of a page, 2 x key/value heads, head size]: key of head k at 2k, value at 2k + 1. On a
 mesh it is split by heads: each device attends with its own query heads, and nothing of the cache crosses devices.
@@ -50,6 +50,15 @@ def copied_heads(kv: Float[Array, "... 2K H"], cache_heads: int) -> Float[Array,
         return kv
     pairs = kv.reshape(*kv.shape[:-2], -1, 2, kv.shape[-1])
     return jnp.repeat(pairs, copies, axis=-3).reshape(*kv.shape[:-2], -1, kv.shape[-1])
+
+
+def keys_and_values(
+    kv_pages: Float[Array, "L N S 2C H"], layer: Int[Array, ""], pages: Int[Array, "B M"]
+) -> tuple[Float[Array, "B T C H"], Float[Array, "B T C H"]]:
+    """Returns what a layer holds in the pages of every row, T = M S tokens. On a mesh each device has its own heads."""
+    heads = kv_pages.shape[3] // 2
+    rows = kv_pages[layer, pages].reshape(pages.shape[0], -1, heads, 2, kv_pages.shape[4])
+    return rows[..., 0, :], rows[..., 1, :]
 
 
 def append_and_attend(

@@ -11,7 +11,7 @@ from ares_jax.models.lora import PROJECTIONS, Lora, factors
 from ares_jax.models.qwen2_5_vl.attention import self_attention
 from ares_jax.models.qwen2_5_vl.config import TextConfig
 from ares_jax.models.qwen2_5_vl.layers import Initializer, linear, matmul, rms_norm, run_layers, scan_layers
-from ares_jax.models.qwen2_5_vl.paged import append_and_attend, copied_heads
+from ares_jax.models.qwen2_5_vl.paged import append_and_attend, copied_heads, keys_and_values
 from ares_jax.models.qwen2_5_vl.rotary import mrope_angles, rotate
 from ares_jax.parallel.sharding import constrain
 
@@ -67,7 +67,9 @@ class TextDecoder(nnx.Module):
         angles = self._angles(positions)
 
         def layer(x, p):
-            return self._layer(x, p, angles, segment_ids, leaf_spans)[0], None
+            p = self._cast(p)
+            query, key, value = self._project(x, p, angles)
+            return self._finish(x, self_attention(query, key, value, segment_ids, leaf_spans, causal=True), p), None
 
         x, _ = scan_layers(layer, x, self._stacked(), remat=self.remat)
         return rms_norm(x, self.norm[...], self.config.rms_norm_eps)
@@ -75,7 +77,7 @@ class TextDecoder(nnx.Module):
     @jax.named_scope("text")
     def prefill(
         self,
-        x: Float[Array, "B T D"],
+        x: Float[Array, "B Q D"],
         positions: Int[Array, "B 3 T"],
         segment_ids: Int[Array, "B T"],
         kv_pages: Float[Array, "L N S 2C H"],
@@ -83,20 +85,30 @@ class TextDecoder(nnx.Module):
         first: Int[Array, ""],
         count: int,
         layers: Sequence[dict[str, jax.Array]] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "L N S 2C H"]]:
+        start: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B Q D"], Float[Array, "L N S 2C H"]]:
         """Runs `count` layers from layer `first` on, and writes their keys and values into `pages` (0: not needed).
 
-        `layers`: those `count` layers, cut as for `decode`.
+        `layers`: those `count` layers, cut as for `decode`. `start`: x are whole pages of Q tokens from there on; those
+        before are in the pages already. Without it x is all of the rows.
         """
-        angles = self._angles(positions)
+        angles, written = self._angles(positions), pages
+        if start is not None:
+            angles = jax.lax.dynamic_slice_in_dim(angles, start, x.shape[1], axis=1)
+            size = kv_pages.shape[2]
+            written = jax.lax.dynamic_slice_in_dim(pages, start // size, x.shape[1] // size, axis=1)
 
         def layer(carry, stacked):
             x, kv_pages = carry
             p, index = stacked
-            x, kv = self._layer(x, p, angles, segment_ids)
-            kv = copied_heads(kv, kv_pages.shape[3] // 2)
+            p = self._cast(p)
+            query, key, value = self._project(x, p, angles)
+            kv = copied_heads(_interleave(key, value), kv_pages.shape[3] // 2)
             paged = kv.reshape(-1, *kv_pages.shape[2:]).astype(kv_pages.dtype)
-            return x, kv_pages.at[index, pages.reshape(-1)].set(paged)
+            kv_pages = kv_pages.at[index, written.reshape(-1)].set(paged)
+            if start is not None:
+                key, value = keys_and_values(kv_pages, index, pages)
+            return self._finish(x, self_attention(query, key, value, segment_ids, causal=True, start=start), p), kv_pages
 
         if layers is None:
             stacked = self._stacked(), jnp.arange(self.config.num_layers)
@@ -104,15 +116,12 @@ class TextDecoder(nnx.Module):
         own = jax.tree.map(lambda *slices: jnp.stack(slices), *layers)
         return run_layers(layer, (x, kv_pages), (own, first + jnp.arange(count)), 0, count)
 
-    def _layer(
-        self, x: Float[Array, "B T D"], p: dict[str, jax.Array], angles, segment_ids, leaf_spans=None
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T 2K H"]]:
-        """Returns a layer's output, and its keys and values, interleaved by head."""
-        p = self._cast(p)
-        query, key, value = self._project(x, p, angles)
-        mixed = self_attention(query, key, value, segment_ids, leaf_spans, causal=True)
+    def _finish(
+        self, x: Float[Array, "B T D"], mixed: Float[Array, "B T N H"], p: dict[str, jax.Array]
+    ) -> Float[Array, "B T D"]:
+        """Returns a layer's output."""
         mixed = self._linear(mixed.reshape(*x.shape[:2], -1), p, "out")
-        return constrain(self._mlp(x + mixed, p), *_ACTIVATION), _interleave(key, value)
+        return constrain(self._mlp(x + mixed, p), *_ACTIVATION)
 
     def decode(
         self,
