@@ -76,17 +76,26 @@ def leaf_keys(root: Key[Array, ""], count: int) -> UInt32[Array, "G 2"]:
 _LAYERS = "text.layers."
 
 
-@jax.jit
-def _cut(stacked: dict[str, Array]) -> list[dict[str, Array]]:
+@partial(jax.jit, static_argnames="by_output")
+def _cut(stacked: dict[str, Array], by_output: bool) -> list[dict[str, Array]]:
     count = len(next(iter(stacked.values())))
+    if by_output:
+        kernels = {name for name in stacked if name.endswith("_kernel")}
+        transposed = {f"{name.removesuffix('_kernel')}_by_output": stacked[name].swapaxes(1, 2) for name in kernels}
+        stacked = {name: value for name, value in stacked.items() if name not in kernels} | transposed
     return [{name: value[i] for name, value in stacked.items()} for i in range(count)]
 
 
 def cut_layers(params: Mapping[str, Array]) -> dict[str, Any]:
-    """Returns flat parameters with the text decoder's layers as a list: what the programs take on CPUs and GPUs."""
+    """Returns flat parameters with the text decoder's layers as a list: what the programs take on CPUs and GPUs.
+
+    On one CPU kernels are stored output by output, as `linear_by_output` takes them.
+    """
     stacked = {name.removeprefix(_LAYERS): value for name, value in params.items() if name.startswith(_LAYERS)}
     others = {name: value for name, value in params.items() if not name.startswith(_LAYERS)}
-    return {**others, _LAYERS: _cut(stacked)}
+    devices = next(iter(stacked.values())).devices()
+    by_output = len(devices) == 1 and next(iter(devices)).platform == "cpu"
+    return {**others, _LAYERS: _cut(stacked, by_output)}
 
 
 def _whole(model: Qwen25VL, params: Mapping[str, Any]) -> tuple[Qwen25VL, list[dict[str, Array]] | None]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kernels import sample_with_entropy
+from kernels.sampling_xla import _largest, _largest_in_tiles
 
 BOTH = pytest.mark.parametrize("implementation", ["xla", "tpu_interpret", "gpu_interpret"])
 
@@ -113,3 +114,12 @@ def test_one_key_gives_rows_of_their_own_and_bad_implementations_are_named():
     assert len(np.unique(token)) > 40
     with pytest.raises(ValueError, match="implementation='cuda'"):
         sample_with_entropy(hidden, head, jax.random.key(0), temperature=1.0, top_k=0, top_p=1.0, implementation="cuda")
+
+
+@pytest.mark.parametrize("size", [4, 128, 300, 1000])  # in 1, 1, 3 and 8 tiles
+def test_the_largest_in_tiles_are_the_largest_and_the_first_of_equals(size):
+    rng = np.random.default_rng(size)
+    values = rng.integers(0, 9, (64, size)).astype(np.float32)  # many equals
+    values[rng.random(values.shape) < 0.5] = -np.inf
+    values[0] = -np.inf
+    np.testing.assert_array_equal(_largest_in_tiles(jnp.asarray(values), 4), _largest(jnp.asarray(values), 4))

@@ -10,7 +10,15 @@ from jaxtyping import Array, Float, Int
 from ares_jax.models.lora import PROJECTIONS, Lora, factors
 from ares_jax.models.qwen2_5_vl.attention import self_attention
 from ares_jax.models.qwen2_5_vl.config import TextConfig
-from ares_jax.models.qwen2_5_vl.layers import Initializer, linear, matmul, rms_norm, run_layers, scan_layers
+from ares_jax.models.qwen2_5_vl.layers import (
+    Initializer,
+    linear,
+    linear_by_output,
+    matmul,
+    rms_norm,
+    run_layers,
+    scan_layers,
+)
 from ares_jax.models.qwen2_5_vl.paged import append_and_attend, copied_heads, keys_and_values
 from ares_jax.models.qwen2_5_vl.rotary import mrope_angles, rotate
 from ares_jax.parallel.sharding import constrain
@@ -135,7 +143,7 @@ class TextDecoder(nnx.Module):
         """One token a row; its text position is the same on all three axes.
 
         `layers`: the stacked parameters cut into layers beforehand. CPUs and GPUs copy a layer out of its stack before
-        they multiply with it, which makes a step half as long again.
+        they multiply with it, which makes a step half as long again. `x_by_output` [F, D] may stand for `x_kernel` [D, F].
         """
         rows = x.shape[0]
         angles = self._angles(jnp.broadcast_to(positions[:, None, None], (rows, 3, 1)))
@@ -180,8 +188,12 @@ class TextDecoder(nnx.Module):
         return x + self._linear(jax.nn.silu(self._linear(h, p, "gate")) * self._linear(h, p, "up"), p, "down")
 
     def _linear(self, x, p, name):
-        kernel, bias = p[f"{name}_kernel"], p.get(f"{name}_bias")
-        out = matmul(x, kernel) if bias is None else linear(x, kernel, bias)
+        bias, by_output = p.get(f"{name}_bias"), p.get(f"{name}_by_output")
+        if by_output is not None:
+            out = linear_by_output(x, by_output, bias)
+        else:
+            kernel = p[f"{name}_kernel"]
+            out = matmul(x, kernel) if bias is None else linear(x, kernel, bias)
         if not self.lora:
             return out
         a, b = factors(f"{name}_kernel")
