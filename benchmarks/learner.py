@@ -72,6 +72,9 @@ def main(config: ConfigDict, workdir: Path) -> None:
             lambda: _torch_start(workdir, config), lambda own: _torch_update(*own, leaves, workspace.banned, config)
         ),
     }
+    for _, values in results.values():
+        for name in ("loss", "grad_norm"):
+            np.testing.assert_allclose(float(values[name]), float(results["trees"][1][name]), rtol=1e-4, err_msg=name)
     tokens = {"trees": sum(len(s.token_ids) for s in trees)}
     padding = {
         name: f"{padding_share(pack(segments, **config.packing)):.1%}"

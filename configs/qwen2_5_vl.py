@@ -7,6 +7,7 @@ Before a run say where the weights and the problems are: `--config.model.pretrai
 from ml_collections import ConfigDict
 
 from ares_jax.config import default_config
+from configs.methods import with_method
 
 
 def _both(shape: str) -> ConfigDict:
@@ -38,11 +39,11 @@ def cold_start(shape: str) -> ConfigDict:
     return c
 
 
-def aepo(shape: str) -> ConfigDict:
-    """Returns the reinforcement-learning stage; it goes on in the folder of the cold start."""
+def aepo(shape: str, method: str = "aepo") -> ConfigDict:
+    """Returns the reinforcement-learning stage, by a method of configs/methods.py, in the folder of the cold start."""
     c = _both(shape)
     c.aepo.update(
         prompts_per_step=512, group_size=8, minibatches=4, learning_rate=1e-6, warmup_steps=0,  # 4 updates of 128 prompts
         window=4, clip_low=0.2, clip_high=0.3, clip_dual=3.0, reduction="token", importance_cap=2.0,
     )  # fmt: skip
-    return c
+    return with_method(c, method)

@@ -3,5 +3,6 @@
 from configs.qwen2_5_vl import aepo
 
 
-def get_config():
-    return aepo("72b")
+def get_config(method: str = "aepo"):
+    """`method`: one of configs/methods.py."""
+    return aepo("72b", method)

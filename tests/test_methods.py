@@ -1,5 +1,7 @@
 """The named methods: a config takes one by name, and the benchmark's rows are the same."""
 
+import importlib
+
 import pytest
 
 from ares_jax.errors import UserError
@@ -28,6 +30,13 @@ def test_dapo_clips_apart_averages_over_tokens_filters_and_has_no_reference():
     a = get_config("dapo").aepo
     assert a.clip_low < a.clip_high and a.reduction == "token" and a.kl.weight == 0 and a.shaping == "none"
     assert 0 < a.filter.low < a.filter.high < 1 and a.root_leaves == a.group_size
+
+
+@pytest.mark.parametrize("shape", ["3b", "7b", "32b", "72b"])
+def test_the_papers_configs_take_them_too(shape):
+    get = importlib.import_module(f"configs.qwen2_5_vl_{shape}_aepo").get_config
+    assert get().to_dict() == get("aepo").to_dict()
+    assert get("dapo").aepo.clip_high == METHODS["dapo"]["clip_high"] != get().aepo.clip_high
 
 
 def test_an_unknown_one_is_named():
