@@ -91,8 +91,8 @@ def default_config() -> ConfigDict:
     s.decode_steps = 16  # tokens decoded per round trip to the host
     s.prefill_batch = 16  # prompts prefilled together
     s.prefill_layers = 16  # of the vision tower or the text decoder, run on them between two decode calls
-    # Tokens, whole pages, of a longer prompt that go through the decoder between two decode calls, all layers: what a long
-    # prompt holds up, and the memory that it takes, then grow with this instead of with its length. 0: never cut
+    # Tokens, whole pages, of a longer prompt that go through the decoder between two decode calls, all layers: neither what
+    # a long prompt holds up nor its activations grow with its length then. Prompts are padded to whole chunks. 0: never cut
     s.prefill_chunk = 4096
     # Decode all slots over whole page tables always, and prefill prompts one by one: a seed then gives the same bits,
     # log-probs and all, whatever else is drawn. Otherwise they may differ by some 1e-6. Slower while slots are empty.

@@ -169,7 +169,7 @@ def sampler_programs(
         array((rows, tokens), jnp.int32), array((rows, 3, tokens), jnp.int32), array((rows, tokens), jnp.int32),
         array((rows, tokens // s.page_size), jnp.int32), vision,
     )  # fmt: skip
-    width = -(-(tokens + s.max_response_tokens) // s.page_size)
+    width = -(-(s.max_prompt_tokens + s.max_response_tokens) // s.page_size)
     kinds = {
         "alive": jnp.bool_, "key": jnp.uint32, "temperature": jnp.float32, "top_p": jnp.float32, "tau_high": jnp.float32,
         "ring": jnp.float32,

@@ -59,15 +59,17 @@ def test_the_command_writes_a_vocabulary_that_a_run_takes(tmp_path, capsys):
     rollouts.parent.mkdir()
     rollouts.write_text(json.dumps({"leaves": [leaf]}) + "\n")
     flags.FLAGS.mark_as_parsed()
+    config = get_config()
+    config.aepo.window = 4
     with flagsaver.flagsaver(least=5):
-        main(get_config(), tmp_path)
+        main(config, tmp_path)
     assert "wait           * 2.000       10" in capsys.readouterr().out
     words = tmp_path / "cold_start" / "triggers.txt"
     assert words.read_text() == "wait\nthen\n" and read_words(words) == {"wait", "then"}
     with flagsaver.flagsaver(least=11), pytest.raises(UserError, match="no word starts 11 windows in 1 responses"):
-        main(get_config(), tmp_path)
+        main(config, tmp_path)
     with flagsaver.flagsaver(rollouts=["gone.jsonl"]), pytest.raises(UserError, match="gone.jsonl: no such file"):
-        main(get_config(), tmp_path)
+        main(config, tmp_path)
 
 
 def test_a_missing_or_empty_list_is_an_error(tmp_path):

@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 _LOWEST = -1e30  # stands for -inf, which a row that sees nothing would turn into NaN
@@ -49,8 +50,9 @@ def _forward(query, key, value, mask):
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     mixed = _einsum("BKQS,BKSH->BKQH", weights.astype(value.dtype), value) / total
-    out = mixed.astype(query.dtype)
-    return out, (query, key, value, mask, out, top + jnp.log(total))
+    # Named, so that a remat policy can keep them instead of the scores' being made three times.
+    out, log_total = (checkpoint_name(x, "attention") for x in (mixed.astype(query.dtype), top + jnp.log(total)))
+    return out, (query, key, value, mask, out, log_total)
 
 
 def _backward(residuals, gradient):

@@ -159,7 +159,7 @@ class TextDecoder(nnx.Module):
 
         if layers is None:
             stacked = self._stacked(), jnp.arange(self.config.num_layers)
-            (x, kv_pages), _ = scan_layers(layer, (x, kv_pages), stacked, remat="none")
+            (x, kv_pages), _ = jax.lax.scan(layer, (x, kv_pages), stacked)
         else:
             for index, p in enumerate(layers):
                 (x, kv_pages), _ = layer((x, kv_pages), (p, index))
