@@ -148,3 +148,36 @@ def loss(log_p, old, advantage, mask, low, high, dual, reduction):
 
 def controller(kappa, observed, target, rate, low, high):
     return np.clip(kappa * (1 + rate * (observed / target - 1)), low, high)
+
+
+def update(tokens, *, low, high, dual, cap, estimator):
+    """The loss of an update and its sums, of KL per bucket. A token is a dict; bucket 1, 2, 3, or 0 if it does not count.
+
+    Without `old` the ratio is to the sampler's own log-probs and needs no correction.
+    """
+    total = dict.fromkeys(["loss", "tokens", "entropy", "mismatch", "clip_high", "clip_low", "clip_dual"], 0.0)
+    total |= {name: np.zeros(3) for name in ("kl", "kl_tokens", "control_kl", "control_tokens")}
+    for x in tokens:
+        if x["bucket"] == 0:
+            continue
+        log_p, sampled, a = x["log_prob"], x["old_log_prob"], x["advantage"]
+        old, correction, other = sampled, 1.0, log_p
+        if "old" in x:
+            old = other = x["old"]
+            correction = min(np.exp(np.clip(old - sampled, -20, 20)), cap)
+        distance = kl(log_p, x["reference"], estimator)
+        term = correction * surrogate(log_p, old, a, low, high, dual) + x["kl_weight"] * distance
+        total["loss"] += x["weight"] * term
+        total["tokens"] += 1
+        total["entropy"] += x["entropy"]
+        total["mismatch"] += abs(other - sampled)
+        ratio = np.exp(np.clip(log_p - old, -20, 20))
+        total["clip_high"] += a > 0 and ratio > 1 + high
+        total["clip_low"] += a < 0 and ratio < 1 - low
+        total["clip_dual"] += a < 0 and ratio > dual
+        total["kl"][x["bucket"] - 1] += distance
+        total["kl_tokens"][x["bucket"] - 1] += 1
+        if not x["in_window"]:
+            total["control_kl"][x["bucket"] - 1] += distance
+            total["control_tokens"][x["bucket"] - 1] += 1
+    return total

@@ -1,7 +1,5 @@
 """Every formula against the slow version written from method.md, on random trees, masks and buckets."""
 
-import importlib.util
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -14,10 +12,7 @@ import kernels
 from ares_jax.aepo import advantage, difficulty, kl, loss, reward, scoring, tree, windows
 from ares_jax.aepo.state import initial_state
 from ares_jax.config import default_config
-
-_SPEC = importlib.util.spec_from_file_location("oracle", Path(__file__).parent / "oracle.py")
-oracle = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(oracle)
+from tests.aepo import oracle
 
 many = settings(max_examples=60, deadline=None)
 seeds = st.integers(0, 2**31)

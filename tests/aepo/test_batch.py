@@ -1,8 +1,5 @@
 """The learner's segments against the definitions, on random trees that no model drew."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,10 +11,8 @@ from ares_jax.aepo.state import initial_state
 from ares_jax.config import default_config
 from ares_jax.sampling.trajectory import RolloutGroup, Trajectory
 from data_pipeline.prompts import Prompt
+from tests.aepo import oracle
 
-_SPEC = importlib.util.spec_from_file_location("oracle", Path(__file__).parent / "oracle.py")
-oracle = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(oracle)
 PROMPT = Prompt(
     "p", "s", "easy", "?", "1", (), np.arange(3, dtype=np.int32), np.zeros((0, 1176), np.float32),
     np.zeros((0, 3), np.int32), np.zeros((3, 3), np.int32), 0,
@@ -46,12 +41,15 @@ def random_group(rng):
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 2**31), st.sampled_from(["token", "seq"]), st.booleans(), st.booleans(), st.sampled_from([1, 4, 8]))
-def test_segments(seed, reduction, dynamic, centred, window):
+@given(
+    st.integers(0, 2**31), st.sampled_from(["token", "seq"]), st.booleans(), st.booleans(), st.sampled_from([1, 4, 8]),
+    st.sampled_from(["grpo", "rloo"]), st.sampled_from(["subtree", "leaf"]),
+)  # fmt: skip
+def test_segments(seed, reduction, dynamic, centred, window, baseline, tree):
     rng = np.random.default_rng(seed)
     aepo, levels = default_config().aepo, (0.0, 1.0, 2.5)
     aepo.reduction, aepo.kl.dynamic, aepo.window, aepo.entropy_bonus = reduction, dynamic, window, 0.2
-    aepo.update(entropy_bonus_levels=levels, entropy_bonus_centred=centred)
+    aepo.update(entropy_bonus_levels=levels, entropy_bonus_centred=centred, baseline=baseline, tree=tree)
     groups = [random_group(rng) for _ in range(int(rng.integers(1, 4)))]
     state = initial_state(aepo)._replace(tau_high=np.array(0.4), kappa=np.array([0.1, 0.2, 0.3]))
     extras = [x for group in leaf_extras(groups, state, aepo) for x in group]
@@ -59,8 +57,9 @@ def test_segments(seed, reduction, dynamic, centred, window):
     leaves = [(g, leaf) for g in groups for leaf in g.group.leaves]
     expected = []
     for g in groups:
-        values = oracle.advantages(g.rewards, [0] * len(g.rewards), "grpo")
-        shapes = [(len(x.token_ids), x.parent, x.branch_position) for x in g.group.leaves]
+        values = oracle.advantages(g.rewards, [0] * len(g.rewards), baseline)
+        shared = tree == "subtree"  # otherwise every leaf is a root of its own
+        shapes = [(len(x.token_ids), *((x.parent, x.branch_position) if shared else (-1, 0))) for x in g.group.leaves]
         expected += list(zip(*oracle.subtree_advantages(*zip(*shapes, strict=True), values), strict=True))
     tokens = sum(int(own.sum()) for _, own in expected)
 
@@ -83,7 +82,7 @@ def test_segments(seed, reduction, dynamic, centred, window):
             beta = state.kappa[g.difficulty] * (0.5 if inside and dynamic else 1)
             mine = [got[k][t] for k in ("weight", "advantage", "old_log_prob", "kl_weight", "bucket", "in_window")]
             truth = [weight, values[t] + bonus, leaf.log_probs[t], beta, g.difficulty + 1, inside]
-            np.testing.assert_allclose(mine, np.array(truth) if own[t] else 0, atol=2e-6)
+            np.testing.assert_allclose(mine, np.array(truth) if own[t] else 0, atol=1e-6)
     np.testing.assert_allclose(sum(x["weight"].sum() for x in extras), 1, atol=1e-5)
 
 

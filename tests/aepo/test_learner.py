@@ -18,6 +18,7 @@ from ares_jax.training import make_optimizer
 from ares_jax.training.log_probs import token_statistics
 from data_pipeline.packing import pack, response_segment
 from tests import digits
+from tests.aepo import oracle
 
 BANNED = np.arange(digits.VOCABULARY) >= len(digits.encoder().tokenizer)
 
@@ -177,3 +178,49 @@ def test_the_reference_may_live_on_the_host_or_not_at_all(scored):
     assert all((host.params[name] == value).all() for name, value in device.params.items())
     absent = update(None)[1]
     assert "kl" not in absent and float(absent["loss"]) < float(on_device["loss"])
+
+
+@pytest.fixture(scope="module")
+def stirred(scored):
+    """Returns a micro-batch whose numbers are random, also where no token counts, and the tokens' entropies."""
+    (batch,) = pack(
+        learner_segments(scored, initial_state(aepo().aepo), aepo().aepo), rows=16, row_tokens=96, row_patches=48
+    )
+    rng, shape = np.random.default_rng(1), batch["bucket"].shape
+    log_probs, entropies = jax.jit(token_statistics(digits.model(), jnp.array(BANNED)))(to_flat(digits.model()), batch)
+    batch |= {
+        "old_log_prob": np.asarray(log_probs) + rng.normal(scale=0.8, size=shape), "advantage": rng.normal(size=shape),
+        "weight": rng.random(shape) / 100, "kl_weight": rng.random(shape), "in_window": rng.random(shape) < 0.5,
+    }  # fmt: skip
+    batch = {name: value.astype(np.float32) if value.dtype == np.float64 else value for name, value in batch.items()}
+    batch["bucket"] = np.where(batch["bucket"] > 0, rng.integers(1, 4, shape), 0).astype(np.int32)
+    batch["in_window"] = batch["in_window"].astype(np.int32)
+    return batch, np.asarray(entropies)
+
+
+@pytest.mark.parametrize("recomputed, estimator", [(False, "k3"), (False, "k1"), (True, "k3"), (True, "k1")])
+def test_the_loss_and_its_sums_are_those_of_the_definitions(stirred, recomputed, estimator):
+    batch, entropies = stirred
+    config = aepo(old_log_probs="recomputed" if recomputed else "sampler", kl={"estimator": estimator}).aepo
+    learner = Learner(digits.model(), BANNED, optax.sgd(0.0), config, digits.placement(), temperature=1.0)
+    rng, params = np.random.default_rng(2), jax.tree.map(lambda x: x.copy(), to_flat(digits.model()))
+    reference = {name: value * rng.normal(1, 0.5, value.shape) for name, value in list(params.items())[::2]}
+    (log_probs,) = learner.log_probs(params, [batch])
+    (of_reference,) = learner.log_probs({**params, **reference}, [batch])
+    columns = {name: batch[name] for name in ("old_log_prob", "advantage", "weight", "kl_weight", "bucket", "in_window")}
+    columns |= {"log_prob": log_probs, "reference": of_reference, "entropy": entropies}
+    if recomputed:
+        columns["old"] = (log_probs + rng.normal(scale=0.8, size=log_probs.shape)).astype(np.float32)
+        assert (columns["old"] - batch["old_log_prob"] > np.log(config.importance_cap))[batch["bucket"] > 0].any()
+    rows = zip(*(value.ravel().tolist() for value in columns.values()), strict=True)
+    expected = oracle.update(
+        [dict(zip(columns, row, strict=True)) for row in rows], low=config.clip_low, high=config.clip_high,
+        dual=config.clip_dual, cap=config.importance_cap, estimator=estimator,
+    )  # fmt: skip
+    assert min(expected["clip_high"], expected["clip_low"], expected["clip_dual"]) > 1
+    assert all(0 < expected["control_tokens"]) and all(expected["control_tokens"] < expected["kl_tokens"])
+    state = train_state(params, optax.sgd(0.0), digits.placement())
+    got = learner.update(state, [batch], reference, [columns["old"]] if recomputed else None)[1]
+    assert set(got) == set(expected) | {"grad_norm", "skipped"}
+    for name, value in expected.items():
+        np.testing.assert_allclose(got[name], value, rtol=1e-5, err_msg=name)

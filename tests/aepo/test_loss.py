@@ -1,8 +1,5 @@
 """The surrogate: micro-batches add up, what is masked never leaks, and the clipping is counted where it happens."""
 
-import importlib.util
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ares_jax.aepo.loss import clipped_surrogate, importance_weights, reduction_weights, surrogate_terms
+from tests.aepo import oracle
 
-_SPEC = importlib.util.spec_from_file_location("oracle", Path(__file__).parent / "oracle.py")
-oracle = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(oracle)
 CLIP = {"clip_low": 0.2, "clip_high": 0.3, "clip_dual": 3.0}
 
 
