@@ -3,7 +3,7 @@
 | URI | what it opens |
 |---|---|
 | `digits://train?size=20000&seed=0` | the generated digits task: a split, how many problems |
-| `jsonl:///data/*.jsonl` | JSONL, one object a line |
+| `jsonl:///data/*.jsonl` | JSONL, one object a line; or `.json`, an array of them |
 | `parquet:///data/*.parquet` | Parquet |
 | `arrayrecord:///data/*.arrayrecord` | ArrayRecord, each record one JSON object |
 | `hf:///data/geometry3k?split=train&config=default` | a data set's folder as downloaded from the Hugging Face hub |

@@ -1,4 +1,4 @@
-"""A data set's folder as downloaded from the Hugging Face hub: Parquet or JSONL, split by the card or by file names.
+"""A data set's folder as downloaded from the Hugging Face hub: Parquet or JSON, split by the card or by file names.
 
 Rules of the hub (huggingface.co/docs/hub/datasets-file-names-and-splits): the card's `configs` list patterns per split;
 without them, a file belongs to the split that its path names as a word; if none names one, all files are "train".
@@ -18,7 +18,7 @@ from data_pipeline.sources.parquet import ParquetRecords
 from data_pipeline.sources.uri import Uri
 
 _SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test", "eval")}
-_SUFFIXES = (".parquet", ".jsonl")  # the first of which there are files
+_SUFFIXES = (".parquet", ".jsonl", ".json")  # the first of which there are files
 
 
 def hub_records(uri: Uri) -> Records:
@@ -74,7 +74,7 @@ def _one_format(paths: Iterable[Path], uri: Uri) -> list[Path]:
         if chosen := [file for file in files if file.suffix == suffix]:
             return chosen
     split = uri.options.get("split", "train")
-    raise DataError(f"{uri.text}: no {' or '.join(_SUFFIXES)} file of split {split!r} in {uri.path}")
+    raise DataError(f"{uri.text}: no {', '.join(_SUFFIXES)} file of split {split!r} in {uri.path}")
 
 
 def _card(folder: Path) -> dict[str, Any]:

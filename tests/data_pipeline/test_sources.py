@@ -92,9 +92,20 @@ def hub_jsonl_by_card(folder):
         open_sources((f"hf://{folder}?config=full&split=test",))
     with pytest.raises(DataError, match="config 'x' is not one of small, full"):
         open_sources((f"hf://{folder}?config=x",))
-    with pytest.raises(DataError, match="no .parquet or .jsonl file of split 'train'"):
+    with pytest.raises(DataError, match="no .parquet, .jsonl, .json file of split 'train'"):
         open_sources((f"hf://{folder}",))
     return f"hf://{folder}?config=full&split=training"
+
+
+def hub_json_array(folder):
+    """An array over lines in one file, and in another objects a line under the same ending."""
+    rows = records(to_data_url)
+    (folder / "train_1.json").write_text("\n " + json.dumps(rows[:4], indent=2, ensure_ascii=False) + "\n")
+    write_jsonl(folder / "train_2.json", rows[4:])
+    (folder / "test.json").write_text("[ ]")
+    with pytest.raises(DataError, match="holds no problem"):
+        open_sources((f"hf://{folder}?split=test",))
+    return f"hf://{folder}"
 
 
 def tfds_builder(folder):
@@ -122,7 +133,7 @@ def tfds_builder(folder):
 
 FORMATS = [
     jsonl_data_url, jsonl_base64_in_two_files, parquet_bytes, array_record, hub_parquet_by_name, hub_jsonl_by_card,
-    tfds_builder,
+    hub_json_array, tfds_builder,
 ]  # fmt: skip
 
 
@@ -197,14 +208,18 @@ def test_a_bad_record_is_named(tmp_path):
         (["digits://train?weight=-1"], "weight='-1' must be a positive float"),
         (["digits://train?weight=nan"], "weight='nan' must be a positive float"),
         (["digits://train?size=3&size=4"], "twice"), (["digits://train?weight=1", "digits://test"], "test: has no weight"),
-        (["hf://{}/gone"], "no such folder"), (["hf://{}/none"], "no .parquet or .jsonl file of split 'train'"),
+        (["hf://{}/gone"], "no such folder"), (["hf://{}/none"], "no .parquet, .jsonl, .json file of split 'train'"),
         (["tfds://ares_no_such/train?data_dir={}"], "ares_no_such not found.*prepare it"), (["tfds://x"], "expected tfds://name"),
         (["jsonl://{}/empty.jsonl"], "holds no problem"), (["parquet://{}/junk"], "junk: not a Parquet file"),
         (["arrayrecord://{}/junk"], "junk: not ArrayRecord"),
+        (["jsonl://{}/cut.json"], "cut.json, line 3: needs a comma or the array's end"),
+        (["jsonl://{}/broken.json"], "broken.json: an array of objects cannot be read .*line 2"),
     ],
 )  # fmt: skip
 def test_a_bad_uri_is_named(uris, message, tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "cut.json").write_text('[{"a": 1},\n {"a":\n 2} {"a": 3}]')
+    (tmp_path / "broken.json").write_text('[{"a": 1},\n {"a": }]')
     (tmp_path / "none").mkdir()
     (tmp_path / "junk").write_bytes(b"junk" * 30)
     with pytest.raises(DataError, match=message):
