@@ -115,6 +115,16 @@ def logicvista(folder):
     parquet(folder / "data" / "test-00000-of-00001.parquet", rows)
 
 
+def logicvista_of_the_authors(folder):
+    row = {
+        "imagename": "v1_1.png", "question": "Which are green?", "answer": "A, C", "reasoning": "...",
+        "skill": ["inductive"], "capability": ["diagram"], "imagesource": "x", "sourcelink": "https://x",
+    }  # fmt: skip
+    (folder / "data" / "images").mkdir(parents=True)
+    (folder / "data" / "images" / "v1_1.png").write_bytes(image()["bytes"])
+    (folder / "data" / "dataset.json").write_text(json.dumps({"v1_1": row}))
+
+
 def mmmu(folder):
     def row(name, kind, question, options, answer):
         images = {f"image_{i}": image(width=4 + i) if i <= 2 else None for i in range(1, 8)}

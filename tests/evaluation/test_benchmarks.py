@@ -418,6 +418,13 @@ def test_a_data_set_whose_file_has_another_name_is_read(tmp_path):
     assert len(BENCHMARKS["logicvista"].load(tmp_path)) == 3
 
 
+def test_logicvista_as_its_authors_ship_it(tmp_path):
+    published_layouts.logicvista_of_the_authors(tmp_path / "LogicVista")
+    (sample,) = BENCHMARKS["logicvista"].load(find_folder(BENCHMARKS["logicvista"], tmp_path))
+    assert sample.sample_id == "v1_1" and sample.groups == {"skill": "inductive"} and sample.answer == "A, C"
+    assert sample.parts == (published_layouts.image()["bytes"], "Which are green?")
+
+
 def test_names_of_data_sets():
     assert [b.name for b in chosen("math-500, gsm8k,math_500")] == ["math_500", "gsm8k"]
     assert {b.name for b in chosen("all")} == set(BENCHMARKS) - {

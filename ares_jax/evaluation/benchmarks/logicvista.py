@@ -1,9 +1,9 @@
 """LogicVista: 448 visual puzzles, five kinds of logical reasoning (Xiao et al., 2024).
 
-Layout: https://huggingface.co/datasets/lscpku/LogicVista, split test (the authors ship the same questions as JSON and
-images, https://github.com/Yijia-Xiao/LogicVista, data/dataset.json). Columns: as lmms-eval
+Layout: https://huggingface.co/datasets/lscpku/LogicVista, split test; columns as lmms-eval
 (https://github.com/EvolvingLMMs-Lab/lmms-eval, lmms_eval/tasks/logicvista) and others read them; the file's name is the
-one that the hub gives to a split. Prompt: the question alone, as there. Score: the set of chosen options must be the
+one that the hub gives to a split. Or the authors' own, a clone of https://github.com/Yijia-Xiao/LogicVista:
+data/dataset.json and data/images. Prompt: the question alone, as lmms-eval. Score: the set of chosen options must be the
 reference's: letters ("A, C"), or numbers where the question numbers its options; upstream GPT extracts them
 (https://github.com/open-compass/VLMEvalKit, vlmeval/dataset/utils/logicvista.py), here rules do, and the judge where
 they find none.
@@ -16,7 +16,7 @@ from ares_jax.evaluation.benchmark import Benchmark, Sample, Verdict
 from ares_jax.evaluation.final_answer import final_text, letters, untexted
 from ares_jax.evaluation.published import first_rows, image_bytes, value
 
-_FILES = ("data/test-*.parquet", "*/test-*.parquet", "test*.parquet", "*.parquet")
+_FILES = ("data/test-*.parquet", "*/test-*.parquet", "test*.parquet", "*.parquet", "data/dataset.json")
 _NUMBERS = re.compile(r"(?i)\W*+(?:options?|choices?|statements?|numbers?|no)?(?:[\W\d]|\band\b)*")
 
 
@@ -38,9 +38,10 @@ def _numbers(response: str) -> frozenset[str] | None:
 
 def _sample(row, number: int, folder: Path) -> Sample:
     skill = row.get("skill") or ""
+    image = f"data/images/{row['imagename']}" if "imagename" in row else value(row, "image")
     return Sample(
-        str(row.get("id", number)),
-        (image_bytes(value(row, "image"), folder), str(value(row, "question"))),
+        str(row.get("id", row.get("key", number))),
+        (image_bytes(image, folder), str(value(row, "question"))),
         str(value(row, "answer")),
         groups={"skill": skill if isinstance(skill, str) else ", ".join(map(str, skill))},
     )
