@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -81,6 +82,7 @@ class RolloutClient:
                 if time.monotonic() > deadline:
                     raise _unreachable(self._samplers[-1], errors[-1] or "") from None
                 time.sleep(0.2)
+        weights.keep_one_copy()
         self._pushed = weights
 
     def rollouts(
@@ -154,15 +156,23 @@ class _Weights:
     """Weights and their version; as a safetensors file once one sampler or more take them so."""
 
     def __init__(self, flat: Mapping[str, np.ndarray], version: int):
-        self.flat, self.version = flat, version
+        self.flat: Mapping[str, np.ndarray] | None = flat  # None: there is a file
+        self.version = version
         self._body: bytes | None = None
         self._lock = threading.Lock()
 
     def body(self) -> bytes:
         with self._lock:
             if self._body is None:
+                assert self.flat is not None
                 self._body = save({name: np.ascontiguousarray(value) for name, value in self.flat.items()})
             return self._body
+
+    def keep_one_copy(self) -> None:
+        """Drops the arrays if there is a file of them: what is kept for samplers that come back is as large as the model."""
+        with self._lock:
+            if self._body is not None:
+                self.flat = None
 
 
 @dataclass(eq=False)
@@ -253,7 +263,7 @@ class _Sampler:
         self.url = url
         self.stale = False  # it was lost: it may be a new process with other weights
         self.down_since: float | None = None
-        self._fetches = transfer.available()  # until it does not: each offer that it leaves would keep its arrays
+        self._fetches = True  # until it does not: each offer that it leaves would keep its arrays
         self._lock = threading.Lock()
         timeout = httpx.Timeout(10.0, read=_SILENCE, write=_SILENCE)
         self._client = httpx.Client(base_url=url, headers=headers, timeout=timeout)
@@ -269,12 +279,16 @@ class _Sampler:
     def put_weights(self, weights: _Weights, in_flight: str = "continue") -> None:
         self.stale = True  # until it has them
         options: dict[str, str | int] = {"version": weights.version, "in_flight": in_flight}
-        ways = self._client.get("/v1/weights")
+        with self._client.stream("GET", "/v1/weights") as ways:
+            ours = ways.extensions["network_stream"].get_extra_info("client_addr")[0]  # while the connection is open
+            ways.read()
         known = ways.json() if ways.status_code == 200 else {}
         # Nobody else has a folder of that name: if it is there, so is the sampler.
         folder = Path(known["shared_folder"]) if known.get("shared_folder") else None
         here = folder is not None and folder.is_dir()
-        answer = self._offer(weights, options) if self._fetches and known.get("transfers") and not here else None
+        answer, flat = None, weights.flat
+        if self._fetches and known.get("transfers") and not here and flat is not None:
+            answer = self._offer(flat, ours, options)
         if answer is None:
             answer = self._hand_over(weights.body(), folder, options)
         if answer.status_code != 200:
@@ -287,19 +301,32 @@ class _Sampler:
                 return self._client.post("/v1/weights", json={"uri": uri, **options}, timeout=_TAKEN)
             return self._client.put("/v1/weights", params=options, timeout=_TAKEN, **_content(body))
 
-    def _offer(self, weights: _Weights, options: Mapping[str, str | int]) -> httpx.Response | None:
-        """Has the sampler fetch them. None: it could not, as through a proxy or a firewall, and is not asked again."""
+    def _offer(
+        self, flat: Mapping[str, np.ndarray], address: str, options: Mapping[str, str | int]
+    ) -> httpx.Response | None:
+        """Has the sampler fetch them from `address`, as it knows this host. None: they cannot be offered there, or it could
+        not fetch them, as through a proxy or a firewall; it says so, once, and is not asked again."""
         self._fetches = False
-        with transfer.offered(weights.flat, self.url) as offer:
-            answer = self._client.post("/v1/weights", json={**offer, **options}, timeout=_TAKEN)
+        try:
+            answer = self._client.post("/v1/weights", json={**transfer.offer(flat, address), **options}, timeout=_TAKEN)
+            if answer.status_code == 502:
+                raise transfer.TransferError(_reason(answer))
+        except transfer.TransferError as error:
+            print(
+                f"warning: sampler {self.url} cannot fetch weights from {address} ({error}); they go over HTTP from now on. "
+                "Let it connect to every port of that address and keep cpu in JAX_PLATFORMS, or start it with "
+                "--config.sampler.transfers=False", file=sys.stderr, flush=True,
+            )  # fmt: skip
+            return None
         self._fetches = answer.status_code == 200
-        return None if answer.status_code == 502 else answer
+        return answer
 
     def restore(self, pushed: _Weights | None) -> None:
         """Gives a sampler that was lost the weights that the others have."""
         with self._lock:
             if self.stale and pushed is not None:
                 self.put_weights(pushed)
+                pushed.keep_one_copy()
 
     def ask(
         self, requests: Sequence[RolloutRequest], pushed: _Weights | None

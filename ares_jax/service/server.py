@@ -20,6 +20,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from ares_jax.errors import UserError
 from ares_jax.metrics import write_json
 from ares_jax.sampling.trajectory import RolloutRequest
+from ares_jax.service import transfer
 from ares_jax.service.chat import ChatFormat, RefusedError, error_body
 from ares_jax.service.chat_routes import ChatLimits, PromptMaker, chat_router, refused
 from ares_jax.service.prometheus import make_registry
@@ -179,11 +180,13 @@ def run_server(
     `ready_file` receives {"url", "pid"} once the server answers. The token is the environment variable ARES_TOKEN.
 
     Raises:
-      UserError: the port is taken, or the address is not loopback and there is no token.
+      UserError: the port is taken, the address is not loopback and there is no token, or `transfers` cannot be had.
     """
     token = os.environ.get("ARES_TOKEN", "")
     if host not in _LOOPBACK and not token:
         raise UserError(f"sampler.host={host} can be reached from outside: set the environment variable ARES_TOKEN")
+    if transfers:
+        transfer.require()
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:

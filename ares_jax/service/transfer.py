@@ -4,48 +4,57 @@ Both do it with arrays in the host's memory, so that it does not matter over whi
 Both listen on the one address by which they reach each other, and on no other.
 """
 
-import contextlib
 import functools
 import secrets
 import socket
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 import jax
 import numpy as np
 
+from ares_jax.errors import UserError
+
 _REACHED = 5.0  # seconds to reach a port
 _PAUSE = 0.01  # seconds between two looks whether arrays have come
+_starting = threading.Lock()  # two samplers may be given weights at the same time
 
 
 class TransferError(Exception):
-    """The arrays did not come."""
+    """The arrays cannot be offered, or did not come."""
 
 
-def available() -> bool:
-    """Returns whether this JAX has a transfer server, and devices in the host's memory."""
+def require() -> None:
+    """Raises `UserError` unless this JAX has a transfer server, and devices in the host's memory."""
     try:
         from jax.experimental import transfer  # noqa: F401
 
-        return bool(_host_devices())
-    except (ImportError, RuntimeError):  # JAX_PLATFORMS may leave the CPU out
-        return False
+        _host_devices()
+    except (ImportError, RuntimeError) as error:  # JAX_PLATFORMS may leave the CPU out
+        raise UserError(
+            f"sampler.transfers=True needs jax.experimental.transfer and JAX's CPU backend ({_one_line(error)}): "
+            "set JAX_PLATFORMS=tpu,cpu or such, or leave --config.sampler.transfers=False"
+        ) from None
 
 
-@contextlib.contextmanager
-def offered(flat: Mapping[str, np.ndarray], url: str) -> Iterator[dict[str, Any]]:
-    """Yields what the sampler at `url` must be told to fetch `flat` once: port, number, and what the arrays are.
+def offer(flat: Mapping[str, np.ndarray], address: str) -> dict[str, Any]:
+    """Returns what a sampler that reaches this host at `address` must be told to fetch `flat` once: port, number, and what
+    the arrays are.
 
-    What nobody fetches stays until the process ends: JAX cannot withdraw an offer.
+    What nobody fetches stays until the process ends: JAX cannot withdraw an offer. Raises `TransferError` if there can be
+    no server at that address.
     """
-    number = secrets.randbits(62)  # who does not know it cannot fetch
-    server = _server(_address_towards(url))
-    arrays = {name: jax.device_put(np.ascontiguousarray(value), _host_devices()[0]) for name, value in sorted(flat.items())}
-    server.await_pull(number, list(arrays.values()))
+    try:
+        server, place = _server(address), _host_devices()[0]
+        arrays = {name: jax.device_put(np.ascontiguousarray(value), place) for name, value in sorted(flat.items())}
+        number = secrets.randbits(62)  # who does not know it cannot fetch
+        server.await_pull(number, list(arrays.values()))
+    except (ImportError, RuntimeError, OSError) as error:
+        raise TransferError(_one_line(error)) from None
     tensors = {name: {"dtype": str(x.dtype), "shape": x.shape} for name, x in arrays.items()}
-    yield {"port": int(server.address().rpartition(":")[2]), "number": number, "tensors": tensors}
+    return {"port": int(server.address().rpartition(":")[2]), "number": number, "tensors": tensors}
 
 
 def fetch(
@@ -67,8 +76,7 @@ def fetch(
             time.sleep(_PAUSE)
         jax.block_until_ready(arrays)
     except (RuntimeError, ValueError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise TransferError(f"the learner's arrays did not come ({reason})") from None
+        raise TransferError(f"the learner's arrays did not come ({_one_line(error)})") from None
     return dict(zip(sorted(specs), arrays, strict=True))
 
 
@@ -76,21 +84,23 @@ def _host_devices() -> list[jax.Device]:
     return jax.local_devices(backend="cpu")
 
 
-@functools.cache
 def _server(address: str) -> Any:
+    with _starting:
+        return _started(address)
+
+
+@functools.cache
+def _started(address: str) -> Any:
     from jax.experimental import transfer
 
+    if "%" in address:
+        raise OSError(f"{address} is link-local: JAX would listen on all addresses")
     listen = f"{_bracketed(address)}:0"
     return transfer.start_transfer_server(_host_devices()[0].client, listen, [listen])
 
 
-def _address_towards(url: str) -> str:
-    """Returns this host's own address on the way to `url`. Nothing is sent."""
-    parts = urlsplit(url)
-    family, kind, protocol, _, target = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.connect(target)
-        return probe.getsockname()[0]
+def _one_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _bracketed(address: str) -> str:

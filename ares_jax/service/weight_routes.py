@@ -68,7 +68,7 @@ def weight_router(
 
     `transfers`: they may be fetched from callers, by `ares_jax.service.transfer`.
     """
-    router, transfers = APIRouter(), transfers and transfer.available()
+    router = APIRouter()
     allowed = [*roots, *([shared_folder] if shared_folder else [])]
     one_at_a_time = asyncio.Lock()  # each takes the memory of a model
 

@@ -5,6 +5,7 @@ import signal
 import socket
 import threading
 import time
+import weakref
 
 import httpx
 import numpy as np
@@ -176,6 +177,19 @@ def test_a_sampler_restarted_while_nobody_asked_gets_its_weights_back():
         groups = client.rollouts(requests(8))
     assert ids(groups) == list(range(8)) and anew.policy_version == 7
     assert {int(v) for group in groups for leaf in group.leaves for v in leaf.policy_version} == {7}
+
+
+def test_one_copy_of_what_was_pushed_is_kept_for_samplers_that_come_back():
+    flat = {"w": np.ones((3, 2), np.float32)}
+    with fake.serving(fake.FakeEngine()) as url:
+        client = RolloutClient([url])
+        client.push_weights(dict(flat), 7)
+        array = weakref.ref(flat.pop("w"))
+        assert array() is None  # the file that was sent is kept
+    anew = fake.FakeEngine()
+    with fake.serving(anew, port=int(url.rsplit(":", 1)[1])):
+        assert ids(client.rollouts(requests(2))) == [0, 1]
+    assert anew.policy_version == 7 and (anew.weights["w"] == 1).all()
 
 
 def test_a_proxy_without_its_sampler_is_a_sampler_that_is_away():

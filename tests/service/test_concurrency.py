@@ -3,8 +3,12 @@
 import asyncio
 import gc
 import json
+import os
+import resource
 import time
 from urllib.parse import urlsplit
+
+import pytest
 
 from tests import digits
 from tests.service import fake
@@ -34,12 +38,24 @@ async def _all(url: str, count: int) -> list[tuple[str, str, int]]:
     return await asyncio.gather(*(_ask(url, seed) for seed in range(count)))
 
 
+@pytest.fixture
+def descriptors():
+    """Both ends of every connection are this process's."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 2 * CHATS + len(os.listdir("/proc/self/fd")) + 50
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        pytest.skip(f"{CHATS} chats need {needed} file descriptors, the hard limit (`ulimit -Hn`) is {hard}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def _objects() -> int:
     gc.collect()
     return len(gc.get_objects())
 
 
-def test_two_thousand_chats_at_once_are_answered_and_leave_nothing_behind(monkeypatch):
+def test_two_thousand_chats_at_once_are_answered_and_leave_nothing_behind(monkeypatch, descriptors):
     engine = digits.engine()
     step, most = engine.step, 0
 
