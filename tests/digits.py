@@ -5,7 +5,8 @@ import functools
 import jax
 import numpy as np
 
-from ares_jax.models.qwen2_5_vl import Qwen25VL, Qwen25VLConfig, TextConfig, VisionConfig
+from ares_jax.models.qwen2_5_vl import Qwen25VL, Qwen25VLConfig, TextConfig, VisionConfig, attention
+from ares_jax.models.qwen2_5_vl.blockwise import blockwise_attention
 from ares_jax.models.qwen2_5_vl.model import new_model
 from ares_jax.parallel.sharding import make_mesh, place_model
 from ares_jax.sampling import Engine, EngineOptions
@@ -70,3 +71,16 @@ def engine(
     banned = np.arange(VOCABULARY) >= len(encoder().tokenizer)
     eos = [encoder().tokenizer.eos_token_id]
     return Engine(other or model(), options, eos_token_ids=eos, banned=banned, trigger_mask=trigger)
+
+
+def attend_in_blocks(monkeypatch, *, block: int) -> set[tuple[int, int]]:
+    """Attends rows of more than 16 tokens tile by tile, as long ones are. Returns the (queries, keys) of those to come."""
+    shapes = set()
+
+    def in_blocks(query, key, *others, causal):
+        shapes.add((query.shape[1], key.shape[1]))
+        return blockwise_attention(query, key, *others, causal=causal, block=block)
+
+    monkeypatch.setattr(attention, "LONGEST_DENSE", 16)
+    monkeypatch.setattr(attention, "blockwise_attention", in_blocks)
+    return shapes

@@ -99,12 +99,15 @@ def test_answers_are_streamed_coloured_and_put_on_a_page(folder, tmp_path, capsy
     )  # fmt: skip
     pixels = [np.asarray(Image.open(path)) for path in images]
     conversation = Conversation(chosen, pixels, (), pieces.append)
+    conversation._opened.workspace.config.sampler.prefill_chunk = 24
     conversation.ask(chosen.question)
+    assert conversation._asker._engine.options.prefill_chunk == 32  # whole pages of 16
     printed = "".join(pieces)
     assert len(pieces) > 8  # it came bit by bit
     assert "tokens" in capsys.readouterr().err
 
     prompt, trigger = conversation._prompt(chosen.question), conversation._opened.workspace.trigger
+    assert len(prompt.token_ids) > 32
     seen = list(conversation._asker.ask(prompt, derive_seed(0, chosen.question)))
     counts = [[len(leaf.token_ids) for leaf in leaves] for leaves in seen]
     assert len(seen) > 3 and (np.diff(counts, axis=0) >= 0).all()

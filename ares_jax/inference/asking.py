@@ -75,12 +75,13 @@ class Asker:
 
     def _new_engine(self, tokens: int, patches: int) -> Engine:
         workspace, s, page = self._opened.workspace, self._sampling, 16
-        context = tokens + s.max_tokens
+        context, configured = tokens + s.max_tokens, workspace.config.sampler
         options = EngineOptions(
             max_slots=s.answers, page_size=page, num_pages=1 + tokens // page + s.answers * -(-context // page),
             max_prompt_tokens=tokens, max_prompt_patches=patches, max_context_tokens=context, prefill_batch=1,
             decode_steps=_DECODE_STEPS, window=self._window,
-            kernel=workspace.config.sampler.kernel or ("tpu" if jax.default_backend() == "tpu" else "xla"),
+            kernel=configured.kernel or ("tpu" if jax.default_backend() == "tpu" else "xla"),
+            prefill_chunk=-(-configured.prefill_chunk // page) * page,  # in pages of another size than these
         )  # fmt: skip
         if self._model is None:
             self._model = with_params(workspace.model, self._opened.load())

@@ -86,6 +86,16 @@ def test_splash_attention_is_the_dense_attention(kind):
     assert_same(pulled(by_splash, *arguments), pulled(dense, *arguments))
 
 
+def test_splash_attention_of_some_queries_is_theirs_of_the_whole():
+    query, key, value, _ = heads(384, rows=1, heads=2, kv_heads=1, size=128)
+    ids = jnp.array(np.repeat([1, 2, 3, 0], [100, 120, 100, 64]))[None]
+    marks, some = _marks(ids, None), slice(128, 256)  # the last keys are no query's
+    mine = splash_attention(
+        query[:, some], key, value, marks[:, :, some], marks, segments_only=False, block=128, interpret=True
+    )
+    assert_same(mine, dense(query, key, value, ids, None, True)[:, some])
+
+
 def test_tiles_in_which_nobody_sees_anybody_are_not_computed():
     query, key, value, _ = heads(64, rows=1)
     ids = jnp.repeat(jnp.arange(1, 5), 16)[None]

@@ -107,6 +107,18 @@ def test_attention_of_long_rows_and_its_gradient_become_machine_code(devices, tr
     assert "splash" in program.text and program.temporary < GIB
 
 
+def test_a_prompt_cut_into_chunks_is_prefilled_by_the_kernel(devices):
+    config, shape = planned("7b"), PUBLISHED["7b"]
+    text, vision = (dataclasses.replace(part, num_layers=1) for part in (shape.text, shape.vision))
+    config.model.param_dtype = "bfloat16"
+    config.sampler.update(tensor=4, max_prompt_tokens=2048, prefill_chunk=1024, max_prompt_patches=256)
+    shape = dataclasses.replace(shape, text=text, vision=vision)
+    program = aot.sampler_programs(config, shape, devices, ("prefill",))["prefill"]
+    assert not program.refused
+    (called,) = (line for line in program.text.splitlines() if "splash_mha_fwd" in line)
+    assert "tensor<7x1024x128xbf16>, tensor<1x2048x128xbf16>" in called  # 7 of 28 heads, fewer queries than keys
+
+
 def test_decoding_does_not_copy_the_cache(devices):
     """A gather in another order than that of the scatter makes the compiler copy all pages at every layer."""
     config, shape = planned("3b"), PUBLISHED["3b"]

@@ -174,14 +174,17 @@ def test_a_prompt_prefilled_layer_by_layer_while_others_decode_gives_the_same_bi
         np.testing.assert_allclose(a.log_probs, c.log_probs, atol=1e-5)
 
 
-@pytest.mark.parametrize("one_shape", [False, True])
-def test_prompts_prefilled_some_tokens_at_a_time_give_the_same_trees(groups, one_shape):
+@pytest.mark.parametrize("one_shape, blocks", [(False, True), (True, False)])
+def test_prompts_prefilled_some_tokens_at_a_time_give_the_same_trees(groups, one_shape, blocks, monkeypatch):
     """mRoPE positions and image features go on where the chunk before ended; pages are shared, forked, preempted."""
+    shapes = digits.attend_in_blocks(monkeypatch, block=16) if blocks else set()
     prompts, whole = groups
     asked = [request(p, seed=i, temperature=1.1) for i, p in enumerate(prompts)]
     engine = digits.engine(prefill_chunk=8, pages=64, one_shape=one_shape)
+    engine._kv_pages = jnp.full_like(engine._kv_pages, jnp.nan)  # what lies there before means nothing
     trees = engine.generate(asked)
     assert engine.stats()["preempted"] > 0 and engine.stats()["free_pages"] == 63
+    assert {(8, 32), (8, 48)} <= shapes if blocks else not shapes
     for tree, other in zip(trees, whole, strict=True):
         for a, b in zip(tree.leaves, other.leaves, strict=True):
             np.testing.assert_array_equal(a.token_ids, b.token_ids)

@@ -45,9 +45,10 @@ def expected():
     return digits.engine().generate(requests())
 
 
-# Of 4 query and 2 key/value heads: split, and split with copies; and prompts that are cut into chunks.
-@pytest.mark.parametrize("tensor, chunk", [(2, 0), (4, 0), (4, 16)])
-def test_trees_are_those_of_one_device(expected, tensor, chunk):
+# Of 4 query and 2 key/value heads: split, and split with copies; and prompts in chunks, attended whole and in tiles.
+@pytest.mark.parametrize("tensor, chunk, blocks", [(2, 0, False), (4, 0, False), (4, 16, False), (4, 16, True)])
+def test_trees_are_those_of_one_device(expected, tensor, chunk, blocks, monkeypatch):
+    shapes = digits.attend_in_blocks(monkeypatch, block=8) if blocks else set()
     engine = split_engine(tensor, prefill_chunk=chunk)
     learner = digits.placement(fsdp=2, tensor=2)
     LocalSampler(engine).push_weights(learner.put(to_flat(digits.model())), 3)
@@ -60,6 +61,7 @@ def test_trees_are_those_of_one_device(expected, tensor, chunk):
     assert any(group.branches for group in expected)
     assert engine._kv_pages.addressable_shards[0].data.shape[3] == 2  # a key and a value head
     assert all(shard.data.size == engine._kv_pages.size // tensor for shard in engine._kv_pages.addressable_shards)
+    assert shapes == ({(16, 32)} if blocks else set())  # two tiles of queries, four of keys
 
 
 def test_a_decode_step_sends_hidden_states_and_statistics_only():

@@ -53,11 +53,15 @@ def copied_heads(kv: Float[Array, "... 2K H"], cache_heads: int) -> Float[Array,
 
 
 def keys_and_values(
-    kv_pages: Float[Array, "L N S 2C H"], layer: Int[Array, ""], pages: Int[Array, "B M"]
+    kv_pages: Float[Array, "L N S 2C H"], layer: Int[Array, ""], pages: Int[Array, "B M"], length: Int[Array, ""]
 ) -> tuple[Float[Array, "B T C H"], Float[Array, "B T C H"]]:
-    """Returns what a layer holds in the pages of every row, T = M S tokens. On a mesh each device has its own heads."""
+    """Returns the first `length` tokens that a layer holds in the pages of every row, and zeros up to T = M S.
+
+    What others left behind them may be NaN, and that times a weight of 0 is NaN. On a mesh each device has its own heads.
+    """
     heads = kv_pages.shape[3] // 2
     rows = kv_pages[layer, pages].reshape(pages.shape[0], -1, heads, 2, kv_pages.shape[4])
+    rows = jnp.where((jnp.arange(rows.shape[1]) < length)[:, None, None, None], rows, 0)
     return rows[..., 0, :], rows[..., 1, :]
 
 
@@ -156,4 +160,5 @@ def gathered_attention(
     visible = jnp.arange(key.shape[2]) < lengths[:, None]
     scores = jnp.where(visible[:, None, None], scores * size**-0.5, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+    value = jnp.where(visible[:, None, :, None], value, 0)  # others may have left NaN there
     return jnp.einsum("BKGS,BKSH->BKGH", weights, value).reshape(rows, heads, size)

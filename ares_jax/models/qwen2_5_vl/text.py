@@ -115,7 +115,7 @@ class TextDecoder(nnx.Module):
             paged = kv.reshape(-1, *kv_pages.shape[2:]).astype(kv_pages.dtype)
             kv_pages = kv_pages.at[index, written.reshape(-1)].set(paged)
             if start is not None:
-                key, value = keys_and_values(kv_pages, index, pages)
+                key, value = keys_and_values(kv_pages, index, pages, start + x.shape[1])
             return self._finish(x, self_attention(query, key, value, segment_ids, causal=True, start=start), p), kv_pages
 
         if layers is None:
