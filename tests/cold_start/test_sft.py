@@ -1,11 +1,21 @@
-"""The fine-tuning loss and its KL term against NumPy."""
+"""The fine-tuning loss and its KL term against NumPy; resumption to the last bit."""
+
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ares_jax.cold_start.sft import example, fine_tuning_loss, normalized
+from ares_jax.cold_start.sft import example, fine_tune, fine_tuning_loss, normalized
+from ares_jax.errors import Preempted
+from ares_jax.metrics import read_jsonl
+from ares_jax.models.params import to_flat
+from ares_jax.parallel.sharding import make_mesh
+from ares_jax.training import abstract_state, make_optimizer, trainable
+from ares_jax.workspace import open_workspace
+from configs.digits_cpu import get_config
 from tests import digits as tiny
 
 
@@ -59,3 +69,54 @@ def test_an_example_carries_its_brackets_weight_on_the_response_alone():
     (scaled, other), count = normalized([segment, example(prompt, np.arange(3, dtype=np.int32))])
     assert count == 8 and scaled.extras["weight"].sum() + other.extras["weight"].sum() == pytest.approx(1.0)
     assert scaled.extras["kl_weight"][-1] == pytest.approx(0.3) and not other.extras["kl_weight"].any()
+
+
+class Told:
+    """A stream; as its batch number `at` is taken the process is told to go."""
+
+    def __init__(self, stream, at):
+        self.stream, self.left = stream, at
+        self.get_state, self.set_state = stream.get_state, stream.set_state
+
+    def __next__(self):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return next(self.stream)
+
+
+def fine_tuned(folder, *, told_at=0, steps=4):
+    """Fine-tunes, guided, in a workspace and with a stream that are new; returns what its checkpoint then holds."""
+    config = get_config()
+    config.update_from_flattened_dict(tiny.TINY_RUN | {"cold_start.warmup_fraction": 0.5, "cold_start.save_every": 3})
+    folder.mkdir(exist_ok=True)
+    workspace = open_workspace(config, folder, mesh=make_mesh(devices=jax.devices()[:1]))
+    encoder = workspace.encoder
+
+    def teach(problem):
+        return example(encoder(problem), encoder.encode_response(problem.responses[0]), kl_weight=0.5)
+
+    stream = workspace.stream(workspace.problems("train"), teach, seed=config.seed, batch_size=config.cold_start.batch_size)
+    tokens = fine_tune(
+        workspace, "cold_start", workspace.initial_params, Told(stream, told_at), steps=steps, learning_rate=1e-2,
+        lora=False, guided=True,
+    )  # fmt: skip
+    optimizer = make_optimizer(config.optimizer, learning_rate=1e-2, steps=steps)
+    template = abstract_state(to_flat(workspace.model), optimizer, workspace.placement, trainable(config.optimizer))
+    *arrays, extra = workspace.checkpoints("cold_start").restore(steps, template.params, template._replace(params={}))
+    return arrays, extra["iterator"], tokens
+
+
+def test_a_resumed_fine_tuning_is_the_uninterrupted_one_bit_for_bit(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    expected, position, tokens = fine_tuned(whole)
+    with pytest.raises(Preempted, match="saved cold_start at step 2 of 4"):
+        fine_tuned(parts, told_at=2)
+    resumed, *rest = fine_tuned(parts)
+    assert rest == [position, tokens]
+    jax.tree.map_with_path(lambda path, a, b: np.testing.assert_array_equal(a, b, err_msg=str(path)), expected, resumed)
+    names = ("step", "loss", "nll", "kl", "grad_norm")
+    logs = [read_jsonl(folder / "cold_start" / "metrics.jsonl") for folder in (whole, parts)]
+    lines, others = ([[line[name] for name in names] for line in log] for log in logs)
+    assert lines == others and [line[0] for line in lines] == [1, 2, 3, 4]
+    assert len({line[1] for line in lines}) == 4 and lines[-1][3] > 1e-6  # other problems each time, and a drift to lose
