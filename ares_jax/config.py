@@ -188,7 +188,7 @@ def default_config() -> ConfigDict:
     f = a.filter = ConfigDict()
     f.low, f.high = 0.01, 0.99  # groups with a mean reward outside are dropped
     f.attempts = 20  # rounds of drawing before giving up
-    a.save_every = 20
+    a.save_every = 20  # steps; those that are validated are saved besides
     a.validate_every = 20
     a.log_rollouts_every = 10
     a.keep_checkpoints = 2  # the newest; the best on validation is kept besides

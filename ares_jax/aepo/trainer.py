@@ -212,13 +212,14 @@ class Trainer:
                     values["time/push"] = _seconds(self.push)
                     if self.iteration % a.validate_every == 0 or last:
                         values |= self.validate()
+                    validated = values.get("validation/accuracy")
+                    if validated is not None or self.iteration % a.save_every == 0:
+                        values["time/save"] = _seconds(self.save, validated)
                 values["time/step"] = time.time() - begin
                 values["tokens_per_second/step"] = now.tokens / values["time/step"]
                 self.writer.write(self.iteration, values | {"goodput": around.goodput()})
                 if stop:
                     break
-                if self.iteration % a.save_every == 0 or last:
-                    self.save(values.get("validation/accuracy"))
                 bar.update()
                 bar.set_postfix(
                     reward=f"{values['reward/mean']:.2f}", accuracy=f"{values['reward/accuracy']:.2f}",

@@ -208,14 +208,20 @@ def test_a_response_shorter_than_a_window_has_no_window_to_average():
     assert np.isnan(Trainer.statistics(trainer, alone, alone, sums)["entropy/window"])
 
 
-def test_overlapped_rollouts_are_one_update_old_and_no_more(trainer):
-    one = trainer("run", staleness=1)
+def test_overlapped_rollouts_are_one_update_old_and_the_best_validated_step_is_kept(trainer):
+    one = trainer("run", staleness=1, save_every=3, validate_every=2, keep_checkpoints=1)
+    validate, accuracies = one.validate, {0: 0.9, 2: 0.5, 4: 0.25}
+    one.validate = lambda: validate() | {"validation/accuracy": accuracies[one.iteration]}
     assert run(one).versions == [0, 0, 1, 2]
+    checkpoints = one.workspace.checkpoints("aepo")
+    assert checkpoints.steps() == [2, 4] and checkpoints.best() == 2
     lines = read_jsonl(one.folder / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4] and lines[-1]["tokens/total"] == one.tokens > 0
     assert all(line["mismatch"] < 1e-5 for line in lines[1:2])  # the first batch's policy is the learner's
     for line in lines[1:]:
-        assert 0 <= line["overlap"] <= 1 and line["time/step"] >= line["time/learn"] + line["time/push"]
+        spent = line["time/learn"] + line["time/push"] + line.get("time/save", 0.0)
+        assert 0 <= line["overlap"] <= 1 and line["time/step"] >= spent
+    assert [line["step"] for line in lines if line.get("time/save", 0) > 0] == [2, 3, 4]
 
 
 def test_a_run_resumes_on_another_mesh_and_ends_with_the_same_weights(trainer):
