@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from ares_jax.aepo.difficulty import bucket
 from ares_jax.aepo.reward import overlong_penalty, paper_entropy_reward, released_entropy_reward
 from ares_jax.aepo.state import AepoState, bucket_means
-from ares_jax.evaluation.grading import is_correct
+from ares_jax.evaluation.grading import has_format, is_correct
 from ares_jax.sampling.trajectory import RolloutGroup
 from data_pipeline.prompts import Prompt
 
@@ -26,6 +26,7 @@ class ScoredGroup:
     windows: Int[np.ndarray, "G"]  # validated windows of the leaf
     rewards: Float[np.ndarray, "G"]  # overall: accuracy, shaping and the penalty on overlong answers
     process: int = 0  # that drew it: the prompt has its pixels there only
+    formatted: int = 0  # leaves that are one thought and then a boxed answer; no part of the reward
 
     @property
     def accuracy(self) -> float:
@@ -34,12 +35,14 @@ class ScoredGroup:
 
 def grade(
     prompts: Sequence[Prompt], groups: Sequence[RolloutGroup], decode: Callable[[Sequence[int]], str]
-) -> list[Bool[np.ndarray, "G"]]:
-    """Returns which leaves of each group answer right."""
-    return [
-        np.array([is_correct(decode(leaf.token_ids.tolist()), prompt.answer) for leaf in group.leaves])
-        for prompt, group in zip(prompts, groups, strict=True)
-    ]
+) -> tuple[list[Bool[np.ndarray, "G"]], list[int]]:
+    """Returns of each group which leaves answer right, and how many have the format that is asked for."""
+    correct, formatted = [], []
+    for prompt, group in zip(prompts, groups, strict=True):
+        texts = [decode(leaf.token_ids.tolist()) for leaf in group.leaves]
+        correct.append(np.array([is_correct(text, prompt.answer) for text in texts]))
+        formatted.append(sum(map(has_format, texts)))
+    return correct, formatted
 
 
 def score(

@@ -42,7 +42,7 @@ from ares_jax.parallel.chips import utilization
 from ares_jax.parallel.distributed import gather, interleaved, is_first, joint_position, own_position, share, to_host
 from ares_jax.sampling.requests import derive_seed, rollout_request
 from ares_jax.sampling.trajectory import RolloutGroup
-from ares_jax.training import abstract_state, initial_state, make_optimizer, trainable
+from ares_jax.training import abstract_state, initial_state, make_optimizer, make_schedule, trainable
 from ares_jax.workspace import Workspace, everyone
 from data_pipeline.images import to_data_url
 from data_pipeline.packing import MERGED, Segment, padding_share
@@ -56,6 +56,7 @@ class _Draw(NamedTuple):
     prompts: list[Prompt]
     groups: list[RolloutGroup]
     correct: list[np.ndarray]  # of each group, which leaves are
+    formatted: list[int]  # of each group, how many leaves are
     state: aepo_state.AepoState  # they were drawn in
     seconds: float
     waited: float  # seconds of them, for prompts
@@ -124,10 +125,11 @@ class Trainer:
         self.config, self.aepo = workspace.config, workspace.config.aepo
         a = self.aepo
         check(self.config)
+        updates = a.steps * a.minibatches
         optimizer = make_optimizer(
-            self.config.optimizer, learning_rate=a.learning_rate, steps=a.steps * a.minibatches,
-            warmup_steps=a.warmup_steps,
-        )  # fmt: skip
+            self.config.optimizer, learning_rate=a.learning_rate, steps=updates, warmup_steps=a.warmup_steps
+        )
+        self.schedule = make_schedule(a.learning_rate, steps=updates, warmup_steps=a.warmup_steps)
         trained = trainable(self.config.optimizer, lora=workspace.model.lora is not None)
         self.learner = Learner(
             workspace.model,
@@ -286,9 +288,15 @@ class Trainer:
         return values | {
             "loss": float(np.mean(losses)), "grad_norm": float(np.mean(norms)), "padding": float(np.mean(padding)),
             "skipped": float(self.train_state.skipped), "tokens/total": float(self.tokens), "time/learn": seconds,
+            "learning_rate": self.learning_rate(),
             "data/overlong": float(self.prompts.ledger.overlong), "data/corrupt": float(self.prompts.ledger.corrupt),
             "data/held_out": float(self.prompts.ledger.held_out),
         }  # fmt: skip
+
+    def learning_rate(self) -> float:
+        """Returns that of the last update that was not left out; of the first, before there is any."""
+        made = int(self.train_state.step) - int(self.train_state.skipped)
+        return float(self.schedule(max(made - 1, 0)))
 
     def packed(self, part: list[ScoredGroup]) -> tuple[list[Segment], list[dict[str, np.ndarray]]]:
         """Returns this process's trees of a minibatch, and its rows of the micro-batches that hold them."""
@@ -311,8 +319,8 @@ class Trainer:
         prompts = [next(self.prompts) for _ in range(math.ceil(count / jax.process_count()))]
         waited = time.time() - begin
         groups = self.rollouts(prompts, iteration, attempt, float(state.tau_high))
-        correct = grade(prompts, groups, self.workspace.decode)
-        return _Draw(prompts, groups, correct, state, time.time() - begin, waited)
+        verdicts = grade(prompts, groups, self.workspace.decode)
+        return _Draw(prompts, groups, *verdicts, state, time.time() - begin, waited)
 
     def complete(self, draw: "_Draw", iteration: int) -> "_Batch":
         """Scores and filters what all processes drew, and draws again until `prompts_per_step` groups survive."""
@@ -341,16 +349,18 @@ class Trainer:
     def scored(self, draw: "_Draw") -> list[ScoredGroup]:
         """Returns the groups of all processes, scored; of the others' prompts only what is not pixels."""
         me = jax.process_index()
-        mine = list(zip(draw.prompts, draw.groups, draw.correct, [me] * len(draw.prompts), strict=True))
+        processes = [me] * len(draw.prompts)
+        mine = list(zip(draw.prompts, draw.groups, draw.correct, draw.formatted, processes, strict=True))
         if jax.process_count() > 1:
             light = [(_without_pixels(prompt), *rest) for prompt, *rest in mine]
             parts = gather(light)
             parts[me] = mine  # type: ignore[assignment]
             mine = interleaved(parts)  # type: ignore[arg-type]
-        prompts, groups, correct, processes = (list(column) for column in zip(*mine, strict=True))
+        prompts, groups, correct, formatted, processes = (list(column) for column in zip(*mine, strict=True))
         limit = self.config.sampler.max_response_tokens
         scored = score(prompts, groups, correct, draw.state, self.aepo, max_tokens=limit)
-        return [dataclasses.replace(s, process=process) for s, process in zip(scored, processes, strict=True)]
+        facts = zip(scored, formatted, processes, strict=True)
+        return [dataclasses.replace(s, formatted=count, process=process) for s, count, process in facts]
 
     def rollouts(self, prompts: list[Prompt], iteration: int, attempt: int, tau_high: float) -> list[RolloutGroup]:
         a, s = self.aepo, self.config.sampler
@@ -427,6 +437,7 @@ class Trainer:
             "tokens/shared": sum(s.group.shared_tokens for s in drawn),
             "tokens/computed": sum(s.group.computed_tokens for s in drawn),
             "tokens/response": lengths.sum(), "mismatch": float(sums["mismatch"]) / tokens,
+            "format": sum(s.formatted for s in drawn) / len(leaves),
             "truncated": np.mean([leaf.finish_reason == "length" for _, _, leaf in leaves]),
             **{f"clip_fraction/{name}": float(sums[f"clip_{name}"]) / tokens for name in ("low", "high", "dual")},
         }  # fmt: skip

@@ -74,7 +74,7 @@ def policy_curves(run: Run) -> Figure | None:
 @matplotlib.rc_context(_STYLE)
 def time_curves(run: Run) -> Figure | None:
     """Seconds of each phase, how much of the sampling ran beside the learning, and tokens a second."""
-    phases = ("sample", "wait", "data", "learn", "push", "validate", "step")
+    phases = ("sample", "wait", "data", "learn", "push", "validate", "save", "step")
     speeds = {"sample": "sampled", "learn": "learned", "step": "sampled, of all time"}
     groups = [
         ("seconds an iteration", {f"time/{name}": name for name in phases}),

@@ -17,13 +17,10 @@ def trainable(optimizer: ConfigDict, *, lora: bool = False) -> Callable[[str], b
     return lambda name: not is_lora(name) and not (optimizer.freeze_vision and name.startswith("visual."))
 
 
-def make_optimizer(
-    optimizer: ConfigDict, *, learning_rate: float, steps: int, warmup_steps: int = 0, final_fraction: float = 1.0
-) -> optax.GradientTransformation:
-    """Returns AdamW as `config.optimizer` says, on float32 copies of parameters that are stored in fewer bits.
+def make_schedule(learning_rate: float, *, steps: int, warmup_steps: int = 0, final_fraction: float = 1.0) -> optax.Schedule:
+    """Returns the learning rate by the number of updates made before.
 
     Args:
-      optimizer: the section `optimizer` of the config.
       learning_rate: of the plateau; reached after `warmup_steps`, then a cosine down to `final_fraction` of it.
       steps: updates in all.
     """
@@ -32,7 +29,19 @@ def make_optimizer(
     else:
         after = optax.cosine_decay_schedule(learning_rate, max(steps - warmup_steps, 1), alpha=final_fraction)
     warmup = optax.linear_schedule(0.0, learning_rate, max(warmup_steps, 1))
-    schedule = optax.join_schedules([warmup, after], [warmup_steps]) if warmup_steps else after
+    return optax.join_schedules([warmup, after], [warmup_steps]) if warmup_steps else after
+
+
+def make_optimizer(
+    optimizer: ConfigDict, *, learning_rate: float, steps: int, warmup_steps: int = 0, final_fraction: float = 1.0
+) -> optax.GradientTransformation:
+    """Returns AdamW as `config.optimizer` says, on float32 copies of parameters that are stored in fewer bits.
+
+    Args:
+      optimizer: the section `optimizer` of the config.
+      learning_rate, steps, warmup_steps, final_fraction: as in `make_schedule`.
+    """
+    schedule = make_schedule(learning_rate, steps=steps, warmup_steps=warmup_steps, final_fraction=final_fraction)
 
     def decayed(params):  # matrices only, neither biases nor norm gains; a stacked layer adds one axis to each
         return {name: leaf.ndim >= (3 if ".layers." in name else 2) for name, leaf in params.items()}

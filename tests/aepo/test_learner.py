@@ -155,9 +155,11 @@ def test_leaves_are_graded_one_by_one(scored):
     answers = {tuple(leaf.token_ids): s.prompt.answer for s in scored for leaf in s.group.leaves}
 
     def decode(ids):
-        return f"\\boxed{{{answers[tuple(ids)]}}}" if tuple(ids) in right else r"\boxed{none}"
+        return f"<think></think>\\boxed{{{answers[tuple(ids)]}}}" if tuple(ids) in right else r"\boxed{none}"
 
-    result = score(prompts, groups, grade(prompts, groups, decode), initial_state(config), config, max_tokens=12)
+    correct, formatted = grade(prompts, groups, decode)
+    assert formatted == [c.sum() for c in correct]
+    result = score(prompts, groups, correct, initial_state(config), config, max_tokens=12)
     for s in result:
         assert s.correct.tolist() == [tuple(leaf.token_ids) in right for leaf in s.group.leaves]
         assert s.rewards.tolist() == s.correct.astype(float).tolist()

@@ -196,11 +196,12 @@ def test_a_response_shorter_than_a_window_has_no_window_to_average():
 
     group = RolloutGroup("p", (leaf(5, [1.0, 2.0, 0, 0, 0]), leaf(96, [0.0] * 96), leaf(2, [0.0, 0])), 3, 0, 0)
     right = np.array([True, False, True])
-    drawn = [ScoredGroup(None, group, 1, right, np.zeros(3), right - np.array([0, 0.5, 0]))]
+    drawn = [ScoredGroup(None, group, 1, right, np.zeros(3), right - np.array([0, 0.5, 0]), formatted=1)]
     sums = dict.fromkeys(("tokens", "entropy", "mismatch", "clip_low", "clip_high", "clip_dual"), np.ones(()))
     trainer = SimpleNamespace(aepo=c.aepo, config=c, iteration=0, state=aepo_state.initial_state(c.aepo))
     values = Trainer.statistics(trainer, drawn, drawn, sums)
     assert values["entropy/window"] == pytest.approx(3 / 95)  # two windows of the first, 93 of the second
+    assert values["format"] == pytest.approx(1 / 3)
     # 96 tokens of 128: half of the buffer is taken.
     assert values["reward/overlong"] == pytest.approx(-0.5 / 3) and values["reward/shaping"] == pytest.approx(0)
     alone = [dataclasses.replace(drawn[0], group=dataclasses.replace(group, leaves=group.leaves[2:]), correct=right[:1],
@@ -209,7 +210,7 @@ def test_a_response_shorter_than_a_window_has_no_window_to_average():
 
 
 def test_overlapped_rollouts_are_one_update_old_and_the_best_validated_step_is_kept(trainer):
-    one = trainer("run", staleness=1, save_every=3, validate_every=2, keep_checkpoints=1)
+    one = trainer("run", staleness=1, save_every=3, validate_every=2, keep_checkpoints=1, warmup_steps=2)
     validate, accuracies = one.validate, {0: 0.9, 2: 0.5, 4: 0.25}
     one.validate = lambda: validate() | {"validation/accuracy": accuracies[one.iteration]}
     assert run(one).versions == [0, 0, 1, 2]
@@ -221,6 +222,8 @@ def test_overlapped_rollouts_are_one_update_old_and_the_best_validated_step_is_k
     for line in lines[1:]:
         spent = line["time/learn"] + line["time/push"] + line.get("time/save", 0.0)
         assert 0 <= line["overlap"] <= 1 and line["time/step"] >= spent
+        assert 0 <= line["format"] <= 1
+    assert [line["learning_rate"] for line in lines[1:]] == pytest.approx([0.0, 5e-4, 1e-3, 1e-3])
     assert [line["step"] for line in lines if line.get("time/save", 0) > 0] == [2, 3, 4]
 
 
