@@ -239,7 +239,7 @@ def search(config: ConfigDict, shape: Qwen25VLConfig, name: str, compiled: int) 
 def compared(config: ConfigDict, shape: Qwen25VLConfig, name: str) -> tuple[Rate | None, str]:
     """Returns the bounds of a slice's gradient step and the line that shows it."""
     devices, chip = aot.topology_devices(name), TPUS[name.split(":")[0]]
-    h, p = config.mesh, aot.gradients_without_code(config, shape, name)
+    h, p = config.mesh, aot.without_code(config, shape, name)
     start = (
         f"{name:<12} {len(devices):>5} {h.data:>4} {h.fsdp:>5} {h.sequence:>3} {h.tensor:>4} {config.packing.rows:>5}  "
         f"{config.model.remat:<7}"

@@ -58,9 +58,11 @@ class Learner:
 
         self._update = Update(loss, optimizer, placement, trainable)
         self._placement = placement
-        self._log_probs = jax.jit(
-            lambda params, batch: statistics(params, batch)[0], out_shardings=batch_sharding(placement.mesh)
-        )
+
+        def log_probs(params, batch):
+            return statistics(params, batch)[0]
+
+        self._log_probs = jax.jit(log_probs, out_shardings=batch_sharding(placement.mesh))
 
     def lower(self, state: TrainState, batch: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Lower]:
         """Returns what lowers the programs of an update as `Update.lower` does, and `log_probs`, over fixed weights."""

@@ -246,8 +246,10 @@ def _compile_all(
 _STAGES = {"cold_start": _fine_tuning, "aepo": _learner}
 
 
-def gradients_without_code(config: ConfigDict, shape: Qwen25VLConfig, topology: str, stage: str = "aepo") -> Compiled:
-    """Returns a stage's gradients' program as it is scheduled and laid out in memory, before machine code is made of it.
+def without_code(
+    config: ConfigDict, shape: Qwen25VLConfig, topology: str, stage: str = "aepo", name: str = "more"
+) -> Compiled:
+    """Returns a program of a stage (the gradients') as it is scheduled and laid out in memory, before its machine code.
 
     That is most of a compilation. The compiler cannot be asked to stop there: a process compiles, and is ended once
     the compiler has written its plan of the memory down.
@@ -255,13 +257,13 @@ def gradients_without_code(config: ConfigDict, shape: Qwen25VLConfig, topology: 
     begin = time.time()
     with tempfile.TemporaryDirectory() as folder:
         child = multiprocessing.get_context("spawn").Process(
-            target=_compile_in, args=(folder, config, shape, topology, stage), daemon=True
+            target=_compile_in, args=(folder, config, shape, topology, stage, name), daemon=True
         )
         child.start()
         written = None
         while child.is_alive() and not written:
             child.join(0.5)
-            written = _written(Path(folder))
+            written = _written(Path(folder), name)
         child.kill()
         child.join()
         if (done := Path(folder) / "done").exists():
@@ -276,20 +278,20 @@ def gradients_without_code(config: ConfigDict, shape: Qwen25VLConfig, topology: 
     return Compiled(resident, temporary, new, 0, work(text), time.time() - begin, "")
 
 
-def _compile_in(folder: str, config: ConfigDict, shape: Qwen25VLConfig, topology: str, stage: str) -> None:
+def _compile_in(folder: str, config: ConfigDict, shape: Qwen25VLConfig, topology: str, stage: str, name: str) -> None:
     jax.config.update("jax_platforms", "cpu")
     tempfile.tempdir = folder
     residents, programs = _STAGES[stage](config, shape, topology_devices(topology))
-    (Path(folder) / "resident").write_bytes(pickle.dumps(residents["more"]))
-    program = _compile_all(residents, programs, ("more",))["more"]
+    (Path(folder) / "resident").write_bytes(pickle.dumps(residents[name]))
+    program = _compile_all(residents, programs, (name,))[name]
     written = Path(folder) / "done.part"
     written.write_bytes(pickle.dumps(program))
     written.rename(Path(folder) / "done")
 
 
-def _written(folder: Path) -> tuple[str, str] | None:
+def _written(folder: Path, name: str) -> tuple[str, str] | None:
     """Returns the compiler's plan of the memory and its program, once both are there: a report follows them."""
-    for report in folder.glob("*/*.jit_more.*.after_optimizations-memory-usage-report.txt"):
+    for report in folder.glob(f"*/*.jit_{name}.*.after_optimizations-memory-usage-report.txt"):
         names = (report.name.replace("-memory-usage-report", kind) for kind in ("-buffer-assignment", ""))
         try:
             plan, text = ((report.parent / name).read_text() for name in names)

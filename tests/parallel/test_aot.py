@@ -52,14 +52,14 @@ def devices():
 # Up to it the compiler does everything for the gradients of every stage, at the paper's sizes.
 @pytest.fixture(scope="module")
 def steps():
-    """Returns how to wait for the gradients' program of a stage: all are compiled at once, each by a process of its own."""
+    """Returns how to wait for a program of a stage: all are compiled at once, each by a process of its own."""
+    names = [(size, stage, "more") for size in ("3b", "7b") for stage in ("cold_start", "aepo")]
     with ThreadPoolExecutor() as pool:
         waiting = {
-            (size, stage): pool.submit(
-                aot.gradients_without_code, paper_config(size, stage), PUBLISHED[size], "v5p:2x2x2", stage
+            (size, stage, name): pool.submit(
+                aot.without_code, paper_config(size, stage), PUBLISHED[size], "v5p:2x2x2", stage, name
             )
-            for size in ("3b", "7b")
-            for stage in ("cold_start", "aepo")
+            for size, stage, name in [*names, ("7b", "aepo", "log_probs"), ("7b", "aepo", "apply")]
         }
         yield {name: future.result for name, future in waiting.items()}
 
@@ -74,7 +74,7 @@ def paper_config(size, stage):
 
 @pytest.mark.parametrize("size, stage", [(size, stage) for size in ("3b", "7b") for stage in ("cold_start", "aepo")])
 def test_the_step_of_a_shipped_config_fits_its_chips(steps, size, stage):
-    program, config, shape = steps[size, stage](), paper_config(size, stage), PUBLISHED[size]
+    program, config, shape = steps[size, stage, "more"](), paper_config(size, stage), PUBLISHED[size]
     assert not program.refused and program.peak < TPUS["v5p"].usable * GIB
     count = count_parameters(to_flat(abstract_model(shape)))
     assert program.resident["parameters"] == pytest.approx(4 * count / 8, rel=0.01)  # float32 over eight chips
@@ -89,6 +89,21 @@ def test_the_step_of_a_shipped_config_fits_its_chips(steps, size, stage):
     assert sum(program.work.collective.values()) > 2 * 2 * 7 / 8 * 0.8 * count
     text = table({"more": program}, kernels, TPUS["v5p"])
     assert "activations" in text and "ms of network" in text
+
+
+def test_the_fixed_log_probs_and_the_optimizer_of_the_7b_config_fit_its_chips(steps):
+    config, shape = paper_config("7b", "aepo"), PUBLISHED["7b"]
+    count = count_parameters(to_flat(abstract_model(shape)))
+    fixed, apply = (steps["7b", "aepo", name]() for name in ("log_probs", "apply"))
+    for program in (fixed, apply):
+        assert not program.refused and program.peak < TPUS["v5p"].usable * GIB
+        assert program.resident["optimizer"] == pytest.approx(8 * count / 8, rel=0.01)
+    by_hand = config.packing.rows / 8 * sum(row_flops(config, shape))  # one pass
+    assert fixed.work.flops + kernel_flops(config, shape, 8)["log_probs"] == pytest.approx(by_hand, rel=0.1)
+    assert sum(fixed.work.collective.values()) > 2 * 7 / 8 * 0.8 * count and "gradients" not in fixed.resident
+    # AdamW works in place and where the state lies: nothing but the norm is sent.
+    assert apply.resident["gradients"] == apply.resident["parameters"] and apply.temporary + apply.new < 0.1 * GIB
+    assert sum(apply.work.collective.values()) < GIB / 1024
 
 
 @pytest.mark.parametrize("trees", [False, True])
