@@ -185,6 +185,7 @@ class Trainer:
         background = ThreadPoolExecutor(1)
         draw: Future[_Draw] | None = None
         waited = 0.0  # seconds that nothing was learned because the next trees were not complete
+        saving: dict[str, float] = {}  # of the step before: a step is saved once its metrics are written
         with self.steps as around:
             while self.iteration < a.steps and not self.out_of_tokens():
                 with around.step(self.iteration):
@@ -204,7 +205,7 @@ class Trainer:
                         "time/sample": now.seconds, "time/data": now.waited, "time/wait": waited,
                         "overlap": max(0.0, 1 - waited / now.seconds),
                         "tokens_per_second/sample": now.tokens / now.seconds,
-                    }  # fmt: skip
+                    } | saving  # fmt: skip
                     # A tree has one policy: weights change between two batches only.
                     waited = _seconds(wait, [draw]) if draw is not None and not around.noticed else 0.0
                 self.iteration += 1
@@ -214,14 +215,14 @@ class Trainer:
                     values["time/push"] = _seconds(self.push)
                     if self.iteration % a.validate_every == 0 or last:
                         values |= self.validate()
-                    validated = values.get("validation/accuracy")
-                    if validated is not None or self.iteration % a.save_every == 0:
-                        values["time/save"] = _seconds(self.save, validated)
                 values["time/step"] = time.time() - begin
                 values["tokens_per_second/step"] = now.tokens / values["time/step"]
                 self.writer.write(self.iteration, values | {"goodput": around.goodput()})
                 if stop:
                     break
+                validated, saving = values.get("validation/accuracy"), {}
+                if validated is not None or self.iteration % a.save_every == 0:
+                    saving["time/save"] = _seconds(self.save, validated)
                 bar.update()
                 bar.set_postfix(
                     reward=f"{values['reward/mean']:.2f}", accuracy=f"{values['reward/accuracy']:.2f}",

@@ -220,11 +220,10 @@ def test_overlapped_rollouts_are_one_update_old_and_the_best_validated_step_is_k
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4] and lines[-1]["tokens/total"] == one.tokens > 0
     assert all(line["mismatch"] < 1e-5 for line in lines[1:2])  # the first batch's policy is the learner's
     for line in lines[1:]:
-        spent = line["time/learn"] + line["time/push"] + line.get("time/save", 0.0)
-        assert 0 <= line["overlap"] <= 1 and line["time/step"] >= spent
+        assert 0 <= line["overlap"] <= 1 and line["time/step"] >= line["time/learn"] + line["time/push"]
         assert 0 <= line["format"] <= 1
     assert [line["learning_rate"] for line in lines[1:]] == pytest.approx([0.0, 5e-4, 1e-3, 1e-3])
-    assert [line["step"] for line in lines if line.get("time/save", 0) > 0] == [2, 3, 4]
+    assert [line["step"] for line in lines if line.get("time/save", 0) > 0] == [3, 4]  # of 2 and 3
 
 
 def test_a_run_resumes_on_another_mesh_and_ends_with_the_same_weights(trainer):
