@@ -25,7 +25,7 @@ from ares_jax.models.params import to_flat
 from ares_jax.parallel.chips import utilization
 from ares_jax.parallel.distributed import gather, joint_position, local_rows, own_position
 from ares_jax.parallel.sharding import batch_sharding
-from ares_jax.training import Update, abstract_state, initial_state, make_optimizer, trainable
+from ares_jax.training import Update, abstract_state, initial_state, make_optimizer, make_schedule, trainable
 from ares_jax.training.log_probs import TokenStatistics, token_statistics
 from ares_jax.training.update import LossFn, Params
 from ares_jax.workspace import Workspace
@@ -83,10 +83,11 @@ def fine_tune(
     Returns the number of response tokens learned from.
     """
     config = workspace.config
+    warmup_steps, final_fraction = int(config.cold_start.warmup_fraction * steps), 0.1
+    schedule = make_schedule(learning_rate, steps=steps, warmup_steps=warmup_steps, final_fraction=final_fraction)
     optimizer = make_optimizer(
-        config.optimizer, learning_rate=learning_rate, steps=steps,
-        warmup_steps=int(config.cold_start.warmup_fraction * steps), final_fraction=0.1,
-    )  # fmt: skip
+        config.optimizer, learning_rate=learning_rate, steps=steps, warmup_steps=warmup_steps, final_fraction=final_fraction
+    )
     statistics = token_statistics(workspace.model, jnp.asarray(workspace.banned))
     trained, place = trainable(config.optimizer, lora=lora), workspace.placement
     update = Update(fine_tuning_loss(statistics, config.cold_start.kl.estimator), optimizer, place, trained)
@@ -132,6 +133,7 @@ def fine_tune(
             tokens += count
             seconds = time.time() - begin
             values |= {"tokens_per_second": count / seconds, "padding": padding_share(packed)}
+            values["learning_rate"] = float(schedule(step - skipped))
             values |= {"time/data": waited, "time/step": time.time() - started}
             frozen = config.optimizer.freeze_vision
             flops = update_flops(workspace.model.config, weighted, fixed_passes=int(guided), freeze_vision=frozen)

@@ -115,8 +115,9 @@ def test_a_resumed_fine_tuning_is_the_uninterrupted_one_bit_for_bit(tmp_path):
     resumed, *rest = fine_tuned(parts)
     assert rest == [position, tokens]
     jax.tree.map_with_path(lambda path, a, b: np.testing.assert_array_equal(a, b, err_msg=str(path)), expected, resumed)
-    names = ("step", "loss", "nll", "kl", "grad_norm")
+    names = ("step", "loss", "nll", "kl", "grad_norm", "learning_rate")
     logs = [read_jsonl(folder / "cold_start" / "metrics.jsonl") for folder in (whole, parts)]
     lines, others = ([[line[name] for name in names] for line in log] for log in logs)
     assert lines == others and [line[0] for line in lines] == [1, 2, 3, 4]
+    assert [line[5] for line in lines] == pytest.approx([0.0, 5e-3, 1e-2, 5.5e-3])  # warm-up, cosine
     assert len({line[1] for line in lines}) == 4 and lines[-1][3] > 1e-6  # other problems each time, and a drift to lose
