@@ -3,7 +3,8 @@
 python -m ares_jax.report --workdir=runs/digits [--follow=30]
 """
 
-import time
+import signal
+import threading
 from pathlib import Path
 
 from absl import flags
@@ -27,23 +28,25 @@ def main(config: ConfigDict | None, workdir: Path | None) -> None:
         raise UserError("--workdir is missing; name the folder of a run, such as --workdir=runs/digits")
     if not (workdir / "config.json").is_file():
         raise UserError(f"--workdir={workdir}: no run in it (no config.json); name the folder that the other commands got")
+    interrupted = threading.Event()
+    if _FOLLOW.value:
+        # Not an exception: one that falls into a library's callback is lost, and a page would be left half made.
+        signal.signal(signal.SIGINT, lambda *_: interrupted.set())
     path = build_report(workdir, reload_every=_FOLLOW.value)
     print(console_table(workdir))
     print(f"report: {path}", flush=True)
     if _FOLLOW.value:
-        try:
-            follow(workdir, _FOLLOW.value)
-        finally:
-            build_report(workdir)  # one that stays as it is
+        follow(workdir, _FOLLOW.value, interrupted)
+        build_report(workdir)  # one that stays as it is
+        raise KeyboardInterrupt
 
 
-def follow(workdir: Path, seconds: float) -> None:
+def follow(workdir: Path, seconds: int, interrupted: threading.Event) -> None:
     """Writes the page whenever the run's files change, until interrupted."""
     seen = last_change(workdir)
-    while True:
-        time.sleep(seconds)
+    while not interrupted.wait(seconds):
         if (now := last_change(workdir)) != seen:
-            build_report(workdir, reload_every=_FOLLOW.value)
+            build_report(workdir, reload_every=seconds)
             seen = now
 
 

@@ -1,7 +1,13 @@
 """A made-up run: every section is there, numbers are the files', nothing is fetched, nothing breaks when files miss."""
 
 import json
+import signal
 
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from ares_jax import report
 from ares_jax.reporting import build_report, console_table
 
 
@@ -70,3 +76,26 @@ def test_an_empty_run_is_no_error(tmp_path):
     page = build_report(tmp_path).read_text()
     assert page.count("Not yet measured.") >= 5
     assert "Not yet measured" in console_table(tmp_path)
+
+
+def test_an_interrupt_while_the_page_is_made_ends_the_following_and_leaves_a_whole_page(tmp_path, monkeypatch):
+    write_run(tmp_path)
+    reloaded = []
+
+    def interrupted(folder, *, reload_every=0):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:  # as a callback of a library would
+            pass
+        reloaded.append(reload_every)
+        return build_report(folder, reload_every=reload_every)
+
+    monkeypatch.setattr(report, "build_report", interrupted)
+    flags.FLAGS.mark_as_parsed()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with flagsaver.flagsaver(follow=1), pytest.raises(KeyboardInterrupt):
+            report.main(None, tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert reloaded == [1, 0] and "location.reload" not in (tmp_path / "report.html").read_text()
