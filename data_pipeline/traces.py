@@ -1,10 +1,14 @@
 """The teacher of the digits task: chains of thought of several lengths and styles for one problem, all rightly answered.
 
 Every trace has the form *think, derive, conclude*: `<think> ... </think>` and then `\\boxed{answer}`. The styles:
+  brief  the result alone: of two cards only;
   terse  the running values alone;
   step   every card named and every operation spelled out;
-  check  step by step, then "wait, let me check" and the values again; in some problems one more such trace holds a slip
-         in its first pass, which the check notices and corrects (seldom: a model learns to slip from it, too).
+  check  step by step, then "wait, let me check" and the values again; chains of many cards have two such traces, and some
+         problems one more with a slip in its first pass, which the check notices and corrects (seldom: a model learns to
+         slip from it, too).
+So the teacher is brief on easy problems more often than not, and at length on hard ones. With the same three styles for all
+problems both medians that the curation aims at lay between two modes, and rounding decided which one it was.
 A trigger word ("first", "second", "so", "wait") stands before each reading of a digit: where a scan is ambiguous, the
 entropy window that starts at that word is high.
 """
@@ -14,6 +18,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 SLIPS = 0.15  # share of problems with a trace that corrects a slip
+FEW, MANY = 2, 6  # cards: at most, at least
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 
 OPERATIONS: dict[str, Callable[[int, int], int]] = {
@@ -37,8 +42,13 @@ def running_values(digits: Sequence[int], operations: Sequence[str]) -> list[int
 def arithmetic_traces(digits: Sequence[int], operations: Sequence[str], rng: np.random.Generator) -> tuple[str, ...]:
     """Returns the traces of a problem that folds `operations` over `digits`."""
     values = running_values(digits, operations)
-    derivation, check = _steps(digits, operations, values), " wait, let me check:" + _numbered(values)
+    derivation, again = _steps(digits, operations, values), _numbered(values)
+    check = " wait, let me check:" + again
     thoughts = [" so" + _spaced(values), derivation, derivation + check + " yes"]
+    if len(digits) <= FEW:
+        thoughts.append(f" so {values[-1]}")
+    if len(digits) >= MANY:
+        thoughts.append(f"{derivation} wait,{again} yes")
     if rng.random() < SLIPS:
         wrong = _slip(digits, operations, int(rng.integers(1, len(digits))), rng)
         thoughts.append(f"{_steps(digits, operations, wrong)}{check} no, so {values[-1]}")
@@ -49,7 +59,9 @@ def reading_traces(digits: Sequence[int]) -> tuple[str, ...]:
     """Returns the traces of a problem that only reads the digits."""
     reading = _numbered(digits)
     check = " wait, let me check:" + reading + " yes"
-    return _boxed("".join(map(str, digits)), " so" + _spaced(digits), reading, reading + check)
+    number = "".join(map(str, digits))
+    brief = [f" so {number}"] if len(digits) <= FEW else []
+    return _boxed(number, " so" + _spaced(digits), reading, reading + check, *brief)
 
 
 def range_traces(digits: Sequence[int]) -> tuple[str, ...]:

@@ -15,12 +15,15 @@ def test_no_test_scan_is_seen_in_training():
 
 def test_problems_are_deterministic_and_every_trace_is_right():
     source = digits.DigitsSource("train", 90, seed=3)
-    lengths = {level: [] for level in digits.LEVELS}
+    lengths, short = {level: [] for level in digits.LEVELS}, {level: [] for level in digits.LEVELS}
     for i in range(90):
         problem, again = source[i], digits.DigitsSource("train", 90, seed=3)[i]
         assert problem.question == again.question and np.array_equal(problem.images[0], again.images[0])
         assert all(has_format(r) and is_correct(r, problem.answer) for r in problem.responses)
-        lengths[problem.level].append(max(len(encoder().encode_response(r)) for r in problem.responses))
+        tokens = [len(encoder().encode_response(r)) for r in problem.responses]
+        lengths[problem.level].append(max(tokens))
+        short[problem.level].append(np.mean([size <= 17 for size in tokens]))
+    assert np.mean(short["easy"]) > 0.6 and np.mean(short["medium"]) < 0.4 and np.mean(short["hard"]) < 0.3
     assert np.mean(lengths["easy"]) < np.mean(lengths["medium"]) < np.mean(lengths["hard"]) <= 120
 
 
