@@ -52,6 +52,14 @@ def prompts(count: int):
     return [encoder()(source[i]) for i in range(count)]
 
 
+@functools.cache
+def banned() -> np.ndarray:
+    """Returns what is never drawn, [V]. A drawn image token would be a word to the sampler, and an image to the learner."""
+    text, mask = encoder().tokenizer, np.arange(VOCABULARY) >= len(encoder().tokenizer)
+    mask[text.convert_tokens_to_ids(list(tokenizer.NEVER_SAMPLED))] = True
+    return mask
+
+
 def engine(
     *,
     pages: int = 400,
@@ -68,9 +76,8 @@ def engine(
         slots, 8, pages, 64, 48, 128, 4, 5, window,
         prefill_layers=prefill_layers, prefill_chunk=prefill_chunk, one_shape=one_shape,
     )  # fmt: skip
-    banned = np.arange(VOCABULARY) >= len(encoder().tokenizer)
     eos = [encoder().tokenizer.eos_token_id]
-    return Engine(other or model(), options, eos_token_ids=eos, banned=banned, trigger_mask=trigger)
+    return Engine(other or model(), options, eos_token_ids=eos, banned=banned(), trigger_mask=trigger)
 
 
 def attend_in_blocks(monkeypatch, *, block: int) -> set[tuple[int, int]]:

@@ -32,7 +32,7 @@ def statistics_of(prompt, token_ids, temperature):
     """Log-probs and entropies of a response by one whole forward pass."""
     segment = example(prompt, token_ids)
     (batch,) = pack([segment], row_tokens=len(segment.token_ids), row_patches=48, rows=1)
-    banned = jnp.arange(digits.VOCABULARY) >= len(digits.encoder().tokenizer)
+    banned = jnp.array(digits.banned())
     statistics = token_statistics(digits.model(), banned, temperature=temperature)
     log_probs, entropies = statistics(to_flat(digits.model()), batch)
     return np.asarray(log_probs[0, -len(token_ids) :]), np.asarray(entropies[0, -len(token_ids) :])
@@ -231,7 +231,7 @@ def test_greedy_is_the_argmax_of_the_whole_forward():
     prompt = digits.prompts(2)[1]
     plain = request(prompt, temperature=0.0, group_size=1, root_leaves=1, tau_high=math.inf, max_new_tokens=8)
     leaf = digits.engine().generate([plain])[0].leaves[0]
-    banned = np.arange(digits.VOCABULARY) >= len(digits.encoder().tokenizer)
+    banned = digits.banned()
     for n in range(len(leaf.token_ids)):
         segment = example(prompt, leaf.token_ids[: n + 1])
         (batch,) = pack([segment], row_tokens=len(segment.token_ids), row_patches=48, rows=1)
