@@ -21,10 +21,8 @@ class Keys:
     question: tuple[str, ...] = ("problem", "question")
     answer: tuple[str, ...] = ("answer",)
     images: tuple[str, ...] = ("images", "image")  # one, or a list
-    videos: tuple[str, ...] = (
-        "videos",
-        "video",
-    )  # one, or a list; a video is a list of frames or an animated GIF, WebP, PNG: no MP4
+    # One, or a list; a video is a list of frames or an animated GIF, WebP or PNG: no MP4
+    videos: tuple[str, ...] = ("videos", "video")
     video_fps: tuple[str, ...] = ("video_fps", "fps")  # frames a second: one number, or a list; absent: 2
     problem_id: tuple[str, ...] = ("problem_id", "global_id", "id")  # absent: file and number
     source: tuple[str, ...] = ("source", "data_source")  # data set a problem comes from; absent: the file's name

@@ -18,6 +18,7 @@ from data_pipeline.sources.parquet import ParquetRecords
 from data_pipeline.sources.uri import Uri
 
 _SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test", "eval")}
+_NO_RECORDS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")  # about them
 _SUFFIXES = (".parquet", ".jsonl", ".json")  # the first of which there are files
 
 
@@ -55,7 +56,8 @@ def _by_name(folder: Path, split: str, uri: Uri) -> list[Path]:
     config = uri.options.get("config", "")
     files = [
         path for path in (folder / config).rglob("*")
-        if path.suffix in _SUFFIXES and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.suffix in _SUFFIXES and path.name not in _NO_RECORDS
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]  # fmt: skip
     named = {path: {s for s in _SPLITS if _names(path.relative_to(folder), _SPLITS[s])} for path in files}
     mine = [path for path in files if split in named[path] or _names(path.relative_to(folder), (split,))]

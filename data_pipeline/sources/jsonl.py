@@ -68,26 +68,31 @@ def _objects_of(file: Path) -> np.ndarray:
     return np.array(places, np.int64).reshape(-1, 3)
 
 
-_SEPARATOR = re.compile(r"\s*([\[,\]])\s*(\])?")
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _behind_space(text: str, position: int) -> int:
+    found = _SPACE.match(text, position)
+    return found.end() if found else position
 
 
 def _objects_of_array(file: Path) -> list[tuple[int, int, int]]:
     text = file.read_bytes().decode("latin-1")  # a character a byte: JSON's own are ASCII, and strings are not looked at
     decoder, line = json.JSONDecoder(strict=False), 1
     places: list[tuple[int, int, int]] = []
-    position = text.index("[")
-    while True:
-        separator = _SEPARATOR.match(text, position)
-        if separator is None:
-            raise DataError(f"{file}, line {line}: needs a comma or the array's end")
-        if "]" in separator.groups():
-            return places
-        begin = separator.end()
+    begin, counted = _behind_space(text, text.index("[") + 1), 0
+    while text[begin : begin + 1] != "]":
         try:
             _, end = decoder.raw_decode(text, begin)
         except ValueError as error:
             raise DataError(f"{file}: an array of objects cannot be read ({error})") from None
-        line += text.count("\n", position, begin)
+        line, counted = line + text.count("\n", counted, begin), begin
         places.append((begin, end, line))
-        line += text.count("\n", begin, end)
-        position = end
+        begin = _behind_space(text, end)
+        if text[begin : begin + 1] == ",":
+            begin = _behind_space(text, begin + 1)
+        elif text[begin : begin + 1] != "]":
+            raise DataError(f"{file}, behind the object of line {line}: needs a comma or the array's end")
+    if _behind_space(text, begin + 1) != len(text):
+        raise DataError(f"{file}: goes on behind the array's end; one array a file")
+    return places

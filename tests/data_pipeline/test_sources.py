@@ -103,6 +103,8 @@ def hub_json_array(folder):
     (folder / "train_1.json").write_text("\n " + json.dumps(rows[:4], indent=2, ensure_ascii=False) + "\n")
     write_jsonl(folder / "train_2.json", rows[4:])
     (folder / "test.json").write_text("[ ]")
+    (folder / "train").mkdir()
+    (folder / "train" / "dataset_infos.json").write_text('{"default": {}}')  # of the hub, about the data
     with pytest.raises(DataError, match="holds no problem"):
         open_sources((f"hf://{folder}?split=test",))
     return f"hf://{folder}"
@@ -212,14 +214,18 @@ def test_a_bad_record_is_named(tmp_path):
         (["tfds://ares_no_such/train?data_dir={}"], "ares_no_such not found.*prepare it"), (["tfds://x"], "expected tfds://name"),
         (["jsonl://{}/empty.jsonl"], "holds no problem"), (["parquet://{}/junk"], "junk: not a Parquet file"),
         (["arrayrecord://{}/junk"], "junk: not ArrayRecord"),
-        (["jsonl://{}/cut.json"], "cut.json, line 3: needs a comma or the array's end"),
+        (["jsonl://{}/cut.json"], "cut.json, behind the object of line 2: needs a comma or the array's end"),
         (["jsonl://{}/broken.json"], "broken.json: an array of objects cannot be read .*line 2"),
+        (["jsonl://{}/two.json"], "two.json: goes on behind the array's end"),
+        (["jsonl://{}/open.json"], "open.json, behind the object of line 1: needs a comma"),
     ],
 )  # fmt: skip
 def test_a_bad_uri_is_named(uris, message, tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "cut.json").write_text('[{"a": 1},\n {"a":\n 2} {"a": 3}]')
     (tmp_path / "broken.json").write_text('[{"a": 1},\n {"a": }]')
+    (tmp_path / "two.json").write_text('[{"a": 1}]\n[{"a": 2}]')
+    (tmp_path / "open.json").write_text('[{"a": 1}')
     (tmp_path / "none").mkdir()
     (tmp_path / "junk").write_bytes(b"junk" * 30)
     with pytest.raises(DataError, match=message):
