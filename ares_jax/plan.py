@@ -1,6 +1,6 @@
-"""`python -m ares_jax.plan`: does a run fit on a TPU slice, and how fast could it be? Its real programs, without a TPU.
+"""`python -m ares_jax.plan`: does a run fit on a TPU slice or on GPUs, and how fast could it be? Without either.
 
-Memory is what the TPU's compiler says, traffic is counted in its text. Times are bounds from below by the chip's datasheet.
+Memory is what the compiler of its real programs says, traffic is counted in its text. Times are bounds from below by the chip's datasheet.
 """
 
 import itertools
@@ -24,7 +24,7 @@ from ares_jax.models.qwen2_5_vl.layers import REMAT
 from ares_jax.models.qwen2_5_vl.paged import cached_heads, paged_implementation
 from ares_jax.parallel import aot
 from ares_jax.parallel.aot import Compiled
-from ares_jax.parallel.chips import TPUS, Chip
+from ares_jax.parallel.chips import Chip, chip_of
 from ares_jax.parallel.estimate import Estimate, estimate
 from ares_jax.sampling.shapes import prompts_together
 
@@ -35,7 +35,7 @@ TOPICS = {
 }
 
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", "v5p:2x2x2", "TPU slice, kind:shape in chips; v5p:2x2x2 is a v5p-16. Several, with commas, are compared"
+    "topology", "v5p:2x2x2", "TPU slice, kind:shape in chips, or GPUs, kind:[hosts x]number; several, with commas, are compared"
 )
 _SEARCH = flags.DEFINE_bool("search", False, "try mesh shapes, remat policies and micro-batches of the learner; rank them")
 _COMPILE = flags.DEFINE_integer("compile", 3, "how many of the search's best are compiled; the others are estimates")
@@ -77,7 +77,7 @@ def row_flops(config: ConfigDict, shape: Qwen25VLConfig) -> Flops:
     return forward_flops(shape, tokens=p.row_tokens, patches=p.row_patches, context=p.row_tokens / 2, frame=frame)
 
 
-def kernel_flops(config: ConfigDict, shape: Qwen25VLConfig, chips: int) -> dict[str, float]:
+def kernel_flops(config: ConfigDict, shape: Qwen25VLConfig, chips: int, platform: str = "tpu") -> dict[str, float]:
     """Returns each program's operations on one chip inside kernels, and loops over tiles: the compiler's text has none."""
     s, rows = config.sampler, config.packing.rows / chips
     row = row_flops(config, shape)
@@ -88,19 +88,20 @@ def kernel_flops(config: ConfigDict, shape: Qwen25VLConfig, chips: int) -> dict[
     return {
         "log_probs": rows * row.attention, "more": rows * gradient_flops(row, remat=config.model.remat).attention,
         "prefill": prompts_together(s.max_prompt_tokens, s.prefill_chunk, s.prefill_batch) * prompt.attention / s.tensor,
-        "decode": s.slots * s.decode_steps * _token_flops(config, shape) / s.tensor,
+        "decode": s.slots * s.decode_steps * _token_flops(config, shape, platform) / s.tensor,
     }  # fmt: skip
 
 
-def _token_flops(config: ConfigDict, shape: Qwen25VLConfig) -> float:
+def _token_flops(config: ConfigDict, shape: Qwen25VLConfig, platform: str) -> float:
     """Returns a decoded token's operations in kernels, at full length: the head, and attention where one reads the pages."""
     s, t = config.sampler, shape.text
+    head = 0 if aot.sampling_kernel(config, platform) == "xla" else 2 * t.hidden_size * t.vocab_size
     context = s.max_prompt_tokens + s.max_response_tokens
     kept = cached_heads(t.num_heads, t.num_kv_heads, s.tensor)
     on_a_chip = kept if kept % s.tensor else kept // s.tensor
-    kind = paged_implementation("tpu", jnp.dtype(config.model.dtype), on_a_chip, t.head_dim)
+    kind = paged_implementation(platform, jnp.dtype(config.model.dtype), on_a_chip, t.head_dim)
     attention = 4 * t.num_layers * t.num_heads * t.head_dim * context
-    return 2 * t.hidden_size * t.vocab_size + (attention if kind == "ragged" else 0)
+    return head + (attention if kind == "ragged" else 0)
 
 
 def bound(program: Compiled, kernels: float, chip: Chip) -> Bound:
@@ -203,7 +204,7 @@ def _estimate(config: ConfigDict, shape: Qwen25VLConfig, chip: Chip) -> Estimate
 
 def search(config: ConfigDict, shape: Qwen25VLConfig, name: str, compiled: int) -> Iterator[str]:
     """Yields the learner's settings that may fit, the quickest estimate first, then the best of them as compiled."""
-    devices, chip = aot.topology_devices(name), TPUS[name.split(":")[0]]
+    devices, chip = aot.topology_devices(name), chip_of(name)
     found = []
     every = list(candidates(config, shape, len(devices)))
     for c in every:
@@ -238,7 +239,7 @@ def search(config: ConfigDict, shape: Qwen25VLConfig, name: str, compiled: int) 
 
 def compared(config: ConfigDict, shape: Qwen25VLConfig, name: str) -> tuple[Rate | None, str]:
     """Returns the bounds of a slice's gradient step and the line that shows it."""
-    devices, chip = aot.topology_devices(name), TPUS[name.split(":")[0]]
+    devices, chip = aot.topology_devices(name), chip_of(name)
     h, p = config.mesh, aot.without_code(config, shape, name)
     start = (
         f"{name:<12} {len(devices):>5} {h.data:>4} {h.fsdp:>5} {h.sequence:>3} {h.tensor:>4} {config.packing.rows:>5}  "
@@ -246,7 +247,7 @@ def compared(config: ConfigDict, shape: Qwen25VLConfig, name: str) -> tuple[Rate
     )
     if p.refused:
         return None, f"{start} too large: {p.refused}"
-    kernels = kernel_flops(config, shape, len(devices))["more"]
+    kernels = kernel_flops(config, shape, len(devices), devices[0].platform)["more"]
     times = "/".join(f"{1e3 * x:.0f}" for x in bound(p, kernels, chip))
     rate = throughput(config, shape, {"more": p}, chip, len(devices))
     return rate, (
@@ -281,9 +282,9 @@ def assumptions(chip: Chip) -> str:
 
 def report(config: ConfigDict, shape: Qwen25VLConfig, name: str) -> Iterator[str]:
     """Yields the plan, part by part as they are compiled."""
-    devices, chip = aot.topology_devices(name), TPUS[name.split(":")[0]]
+    devices, chip = aot.topology_devices(name), chip_of(name)
     config = with_full_rows(config, len(devices))
-    kernels = kernel_flops(config, shape, len(devices))
+    kernels = kernel_flops(config, shape, len(devices), devices[0].platform)
     mesh = ", ".join(f"{axis} {size}" for axis, size in config.mesh.items())
     p, s = config.packing, config.sampler
     yield (
@@ -299,7 +300,7 @@ def report(config: ConfigDict, shape: Qwen25VLConfig, name: str) -> Iterator[str
     yield table(tuning, kernels, chip)
     yield _rate(config, shape, tuning, chip, len(devices))
     yield (
-        f"\nsampler, {'one chip' if s.tensor == 1 else f'{s.tensor} chips'}: "
+        f"\nsampler, {s.tensor} of the {chip.unit}: "
         f"{prompts_together(s.max_prompt_tokens, s.prefill_chunk, s.prefill_batch)} prompts of "
         f"{s.max_prompt_tokens} tokens; {s.slots} sequences, {s.decode_steps} tokens each at full length"
     )

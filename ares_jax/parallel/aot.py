@@ -1,4 +1,4 @@
-"""Ahead of time: the real programs through the TPU's own compiler, on shapes, without a TPU and without weights."""
+"""Ahead of time: the real programs through the TPU's or the GPU's own compiler, on shapes, without either, without weights."""
 
 import functools
 import multiprocessing
@@ -26,10 +26,11 @@ from ares_jax.models.params import to_flat
 from ares_jax.models.qwen2_5_vl import Qwen25VLConfig, VisionInputs
 from ares_jax.models.qwen2_5_vl.model import Qwen25VL, abstract_model
 from ares_jax.models.qwen2_5_vl.paged import cache_spec, cached_heads
-from ares_jax.parallel.chips import TPUS
+from ares_jax.parallel.chips import GPUS, TPUS
+from ares_jax.parallel.gpu_targets import target_config
 from ares_jax.parallel.hlo import Work, work
 from ares_jax.parallel.sharding import Placement, batch_sharding, make_mesh, place_model
-from ares_jax.sampling.programs import Programs, Prompts, Rows
+from ares_jax.sampling.programs import Programs, Prompts, Rows, cut_shapes
 from ares_jax.sampling.shapes import prompt_sizes, prompts_together
 from ares_jax.training import Update, abstract_state, make_optimizer, trainable
 from ares_jax.training.log_probs import token_statistics
@@ -64,19 +65,43 @@ class Compiled:
 
 
 def topology_devices(name: str) -> Sequence[Any]:
-    """Returns the devices of a TPU slice such as "v5p:2x2x2". Raises `UserError` if the compiler knows no such slice."""
+    """Returns the devices of a TPU slice such as "v5p:2x2x2", or of GPUs: "h200:8", or "h200:4x8" on four hosts.
+
+    Raises `UserError` if there is no compiler for them here, or if it knows no such slice.
+    """
+    kind, _, shape = name.partition(":")
+    if kind in GPUS:
+        return _gpus(name, kind, shape)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    if name.split(":")[0] not in TPUS:
-        raise UserError(f"--topology={name}: give one of {', '.join(TPUS)} and a shape, such as v5p:2x2x2")
+    if kind not in TPUS:
+        raise UserError(
+            f"--topology={name}: give one of {', '.join(TPUS)} and a shape, such as v5p:2x2x2, or one of {', '.join(GPUS)} "
+            "and a number of GPUs, such as h200:8"
+        )
     # Both cores of a v4 are one device to JAX on a TPU; the compiler takes them for two unless it is told.
-    options: dict[str, Any] = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except Exception as error:
         reason = str(error).splitlines()[0][:200]
         raise UserError(
             f"--topology={name}: the TPU compiler has no such slice ({reason}); it needs `pip install libtpu`"
+        ) from None
+
+
+def _gpus(name: str, kind: str, shape: str) -> Sequence[Any]:
+    if not re.fullmatch(r"([1-9]\d*x)?[1-9]\d*", shape):
+        raise UserError(f"--topology={name}: give a number of GPUs, such as {kind}:8, or hosts x GPUs, such as {kind}:4x8")
+    hosts, _, each = shape.rpartition("x")
+    try:
+        return topologies.get_topology_desc(
+            platform="cuda", target_config=target_config(kind), topology=f"1x{hosts or 1}x{each}"
+        ).devices
+    except Exception as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"--topology={name}: no compiler for GPUs ({reason}); it needs `pip install jax[cuda13]`, and JAX_PLATFORMS=cpu"
         ) from None
 
 
@@ -146,14 +171,17 @@ def sampler_programs(
         raise UserError(f"sampler.tensor={s.tensor}: the slice has {len(devices)} chips; give 1 to {len(devices)}")
     mesh = make_mesh(tensor=s.tensor, devices=devices[: s.tensor])
     model, place = _placed(config, shape, devices, mesh=mesh)
-    params = place.abstract(to_flat(model))
+    params = arranged = place.abstract(to_flat(model))
+    if devices[0].platform != "tpu":  # as the engine arranges them there
+        arranged = cut_shapes(params)
 
     def array(dimensions, dtype, *spec):
         return jax.ShapeDtypeStruct(dimensions, dtype, sharding=jax.NamedSharding(mesh, jax.P(*spec)))
 
     t, none = shape.text, jnp.zeros(shape.text.vocab_size, bool)
     programs = Programs(
-        model, eos_token_ids=(0,), banned=none, trigger=none, steps=s.decode_steps, kernel=s.kernel or "tpu",
+        model, eos_token_ids=(0,), banned=none, trigger=none, steps=s.decode_steps,
+        kernel=sampling_kernel(config, devices[0].platform),
         prefill_layers=s.prefill_layers, prefill_chunk=s.prefill_chunk,
     )  # fmt: skip
     heads = cached_heads(t.num_heads, t.num_kv_heads, s.tensor)
@@ -183,11 +211,16 @@ def sampler_programs(
     compiled: dict[str, Compiled] = {}
     with jax.set_mesh(mesh):  # says that the platform is a TPU's
         for name in names:
-            lower = functools.partial(jitted[name].lower, params, pages, *given[name])
+            lower = functools.partial(jitted[name].lower, arranged, pages, *given[name])
             compiled[name] = compile_lowered(lower(), resident | {"batch": bytes_per_chip(given[name])})
             if (work := compiled[name].work).page_kernels:  # each reads every key and value of the rows once
                 work.bytes += s.decode_steps * s.slots * width * bytes_per_chip(pages) / s.pages
     return compiled
+
+
+def sampling_kernel(config: ConfigDict, platform: str) -> str:
+    """Returns the implementation of `sample_with_entropy` that a sampler takes there."""
+    return config.sampler.kernel or ("tpu" if platform == "tpu" else "xla")
 
 
 def batch_shapes(config: ConfigDict, place: Placement, extras: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -251,8 +284,8 @@ def without_code(
 ) -> Compiled:
     """Returns a program of a stage (the gradients') as it is scheduled and laid out in memory, before its machine code.
 
-    That is most of a compilation. The compiler cannot be asked to stop there: a process compiles, and is ended once
-    the compiler has written its plan of the memory down.
+    That is most of a compilation for TPUs. Their compiler cannot be asked to stop there: a process compiles, and is ended
+    once the compiler has written its plan of the memory down. For GPUs the code is made in seconds: it is waited for.
     """
     begin = time.time()
     with tempfile.TemporaryDirectory() as folder:
@@ -263,7 +296,7 @@ def without_code(
         written = None
         while child.is_alive() and not written:
             child.join(0.5)
-            written = _written(Path(folder), name)
+            written = _written(Path(folder), name) if topology.split(":")[0] in TPUS else None
         child.kill()
         child.join()
         if (done := Path(folder) / "done").exists():
@@ -317,7 +350,7 @@ def compile_lowered(lowered: jax.stages.Lowered, resident: dict[str, int]) -> Co
             reason = used.group() if used else text.splitlines()[0][:200]
             return Compiled(resident, 0, 0, 0, Work(), time.time() - begin, "", reason)
         seconds = time.time() - begin
-        written = max(Path(folder).glob("*.after_optimizations.txt"), key=lambda path: path.stat().st_size)
+        written = max(Path(folder).glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size)
         done = work(written.read_text())
     new = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
     return Compiled(

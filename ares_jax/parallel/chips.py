@@ -4,7 +4,7 @@ TPUs: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e, tpu7x), GPUs: NVIDIA's data 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 
@@ -14,10 +14,10 @@ class Chip:
     """One JAX device: a TPU chip, half a chip of tpu7x, or a GPU."""
 
     flops: float  # bfloat16 operations a second
-    hbm: int  # GiB
+    hbm: float  # GiB
     bandwidth: float  # bytes a second, of its memory
     link: float  # bytes a second that it can send to its neighbours, all links together
-    usable: float  # GiB of `hbm` that the compiler (libtpu 0.0.51) gives to programs
+    usable: float  # GiB of `hbm` that programs get: from libtpu 0.0.51; on a GPU with XLA_PYTHON_CLIENT_MEM_FRACTION=.95
     unit: str = "chips"  # what one is called
 
 
@@ -28,6 +28,27 @@ TPUS = {
     "v6e": Chip(918e12, 32, 1640e9, 400e9, 31.2),
     "tpu7x": Chip(1153e12, 96, 3690e9, 300e9, 94.7, "half chips"),
 }
+
+# Of the sockets with NVLink (SXM); what it can send is half of what is given for both ways.
+GPUS = {
+    "a100": Chip(312e12, 79.3, 2039e9, 300e9, 75.3, "GPUs"),
+    "h100": Chip(989e12, 79.1, 3352e9, 450e9, 75.1, "GPUs"),
+    "h200": Chip(989e12, 141.0, 4800e9, 450e9, 133.9, "GPUs"),
+    "b200": Chip(2250e12, 178.4, 7672e9, 900e9, 169.4, "GPUs"),
+}
+BETWEEN_HOSTS = 50e9  # bytes a second that a GPU can send to another host: 400 Gbit/s of InfiniBand each, as in DGX
+
+
+def chip_of(topology: str) -> Chip:
+    """Returns what a slice such as "v5p:2x2x2", or GPUs such as "h200:8" or "h200:4x8" (hosts x GPUs), is made of.
+
+    Where there are several hosts of GPUs, all of the network is taken to be as slow as that between them.
+    """
+    kind, _, shape = topology.partition(":")
+    if kind in TPUS:
+        return TPUS[kind]
+    return replace(GPUS[kind], link=BETWEEN_HOSTS) if "x" in shape and not shape.startswith("1x") else GPUS[kind]
+
 
 # By a word of `jax.Device.device_kind`, the more special first.
 _PEAK_FLOPS = {

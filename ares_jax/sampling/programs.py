@@ -98,6 +98,19 @@ def cut_layers(params: Mapping[str, Array]) -> dict[str, Any]:
     return {**others, _LAYERS: _cut(stacked, by_output)}
 
 
+def cut_shapes(params: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    """Returns what `cut_layers` makes of placed shapes of parameters on GPUs."""
+    stacked = {name.removeprefix(_LAYERS): value for name, value in params.items() if name.startswith(_LAYERS)}
+    others = {name: value for name, value in params.items() if not name.startswith(_LAYERS)}
+
+    def layer(x):
+        sharding = jax.NamedSharding(x.sharding.mesh, PartitionSpec(*x.sharding.spec[1:]))
+        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding)
+
+    count = next(iter(stacked.values())).shape[0]
+    return {**others, _LAYERS: [{name: layer(value) for name, value in stacked.items()} for _ in range(count)]}
+
+
 def _whole(model: Qwen25VL, params: Mapping[str, Any]) -> tuple[Qwen25VL, list[dict[str, Array]] | None]:
     """Returns the model with parameters that may be cut, and the layers if they are; then the model has none of them."""
     others = {name: value for name, value in params.items() if name != _LAYERS}
