@@ -27,7 +27,8 @@ from ares_jax.models.params import to_flat, with_params
 from ares_jax.models.qwen2_5_vl import Qwen25VL, Qwen25VLConfig, TextConfig, VisionConfig
 from ares_jax.models.qwen2_5_vl.model import abstract_model, new_lora, new_model
 from ares_jax.parallel.distributed import barrier, gather, is_first, share, to_host
-from ares_jax.parallel.sharding import BATCH, Placement, make_mesh, place_model
+from ares_jax.parallel.micro_batch import row_count, share_of
+from ares_jax.parallel.sharding import Placement, make_mesh, place_model
 from ares_jax.sampling import Engine, EngineOptions
 from ares_jax.sampling.everyone import Everyone
 from ares_jax.sampling.local import LocalSampler
@@ -75,7 +76,7 @@ class Workspace:
         """
         d, processes = self.config.data, jax.process_count()
         if batch_size is not None:
-            batch_size = _split(batch_size, "cold_start.batch_size")
+            batch_size = share_of(batch_size, "cold_start.batch_size", processes)
         return Stream(
             source, transform, seed=seed, batch_size=batch_size, process_index=jax.process_index(),
             process_count=processes, workers=d.workers, prefetch=d.prefetch, max_corrupt_share=d.max_corrupt_share,
@@ -96,11 +97,11 @@ class Workspace:
 
         Raises `UserError` if the rows cannot be split among processes.
         """
-        p, mesh = self.config.packing, self.placement.mesh
-        parts = math.prod(mesh.shape[axis] for axis in BATCH)
+        p, mesh, processes = self.config.packing, self.placement.mesh, jax.process_count()
+        parts, rows = row_count(0, mesh.shape), row_count(p.rows, mesh.shape)
         return pack(
-            segments, rows=_split(p.rows, "packing.rows"), row_tokens=p.row_tokens, row_patches=p.row_patches,
-            halvings=p.halvings, parts=-(-parts // jax.process_count()), gather=gather,
+            segments, rows=share_of(rows, "packing.rows", processes), row_tokens=p.row_tokens, row_patches=p.row_patches,
+            halvings=p.halvings, parts=-(-parts // processes), gather=gather,
         )  # fmt: skip
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -216,13 +217,6 @@ def sampler_mesh(config: ConfigDict) -> jax.sharding.Mesh:
 def everyone(client: Sampler) -> Sampler | Everyone:
     """Returns a client with which all processes share the same requests, and each gets all groups."""
     return Everyone(client) if jax.process_count() > 1 else client
-
-
-def _split(count: int, setting: str) -> int:
-    """Returns a process's part of `count`."""
-    if count % jax.process_count():
-        raise UserError(f"{setting}={count} cannot be split over {jax.process_count()} processes; make it a multiple")
-    return count // jax.process_count()
 
 
 def open_workspace(

@@ -80,6 +80,11 @@ def topology_devices(name: str) -> Sequence[Any]:
         ) from None
 
 
+def host_count(devices: Sequence[Any]) -> int:
+    """Returns on how many hosts, each a process of a run, these devices are."""
+    return len({device.process_index for device in devices})
+
+
 def bytes_per_chip(tree: Any) -> int:
     """Returns how much of a tree of placed shapes lies on one chip."""
 
