@@ -106,7 +106,7 @@ def default_config() -> ConfigDict:
     s.start_timeout = 300.0  # seconds to wait for the service to answer
 
     p = c.packing = ConfigDict()  # shape of a learner's micro-batch; nothing else is ever compiled but its halves
-    p.rows = 8
+    p.rows = 0  # of all processes together; 0: as few as can be split over the mesh, `data` x `fsdp`
     p.row_tokens = 32_768
     p.row_patches = 65_536
     # The last micro-batches of an update may be a half, a quarter, ... of that, so often halved: fewer rows where they can

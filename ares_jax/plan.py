@@ -1,11 +1,12 @@
 """`python -m ares_jax.plan`: does a run fit on a TPU slice or on GPUs, and how fast could it be? Without either.
 
-Memory is what the compiler of its real programs says, traffic is counted in its text. Times are bounds from below by the chip's datasheet.
+Memory is what the compiler of the real programs says, traffic is counted in its text. Times are bounds from below by the
+chip's datasheet.
 """
 
 import itertools
-import math
 from collections.abc import Iterable, Iterator
+from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ from ares_jax.parallel import aot
 from ares_jax.parallel.aot import Compiled
 from ares_jax.parallel.chips import Chip, chip_of
 from ares_jax.parallel.estimate import Estimate, estimate
+from ares_jax.parallel.micro_batch import check_rows, row_count
+from ares_jax.parallel.sharding import mesh_sizes
 from ares_jax.sampling.shapes import prompts_together
 
 TOPICS = {
@@ -35,7 +38,7 @@ TOPICS = {
 }
 
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", "v5p:2x2x2", "TPU slice, kind:shape in chips, or GPUs, kind:[hosts x]number; several, with commas, are compared"
+    "topology", "v5p:2x2x2", "TPU slice (v5p:2x2x2 is a v5p-16) or GPUs (h200:8; h200:4x8 on 4 hosts); several are compared"
 )
 _SEARCH = flags.DEFINE_bool("search", False, "try mesh shapes, remat policies and micro-batches of the learner; rank them")
 _COMPILE = flags.DEFINE_integer("compile", 3, "how many of the search's best are compiled; the others are estimates")
@@ -130,6 +133,7 @@ def table(programs: dict[str, Compiled], kernels: dict[str, float], chip: Chip) 
     def times(give):
         return cells(lambda name, _: f"{1e3 * give(bounds[name]):.1f}")
 
+    loops = cells(lambda _, p: str(p.work.unknown_loops or "-"))
     lines = [
         line("", [_TITLES[name] for name in programs]),
         *(line(name, [gib(p.resident.get(name, 0)) for p in programs.values()]) for name in names),
@@ -141,6 +145,7 @@ def table(programs: dict[str, Compiled], kernels: dict[str, float], chip: Chip) 
         line("TFLOP", cells(lambda name, p: f"{(p.work.flops + kernels.get(name, 0.0)) / 1e12:.2f}")),
         line("  of them in kernels", cells(lambda name, _: f"{kernels.get(name, 0.0) / 1e12:.2f}")),
         line("GB moved", cells(lambda _, p: f"{p.work.bytes / 1e9:.1f}")),
+        *([line("loops not counted", loops)] if any(p.work.unknown_loops for p in known.values()) else []),
         *(
             line(f"GB sent, {kind}", cells(lambda _, p, k=kind: f"{p.work.collective.get(k, 0) / 1e9:.2f}"))
             for kind in kinds
@@ -179,12 +184,12 @@ def throughput(
     return Rate(rows * config.packing.row_tokens / seconds, useful / seconds, useful / sum(map(sum, bounds)))
 
 
-def candidates(config: ConfigDict, shape: Qwen25VLConfig, chips: int) -> Iterator[ConfigDict]:
-    """Yields configs with other meshes, remat policies and micro-batches that fill the slice."""
+def candidates(config: ConfigDict, shape: Qwen25VLConfig, chips: int, hosts: int) -> Iterator[ConfigDict]:
+    """Yields configs with other meshes, remat policies and micro-batches that fill the slice, and that the trainers take."""
     shares = ((t, s, d) for t in (1, 2, 4, 8) for s in (1, 2, 4, 8) for d in (1, 2, 4, 8))
     for tensor, sequence, data in shares:
         parts = tensor * sequence * data
-        if chips % parts or parts > chips // 2 or tensor * sequence > 8 or shape.text.num_heads % tensor:
+        if chips % parts or parts > chips // 2 or tensor * sequence > chips // hosts or shape.text.num_heads % tensor:
             continue
         for rows, remat in itertools.product((1, 2, 4), REMAT):
             c = config.copy_and_resolve_references()
@@ -206,7 +211,7 @@ def search(config: ConfigDict, shape: Qwen25VLConfig, name: str, compiled: int) 
     """Yields the learner's settings that may fit, the quickest estimate first, then the best of them as compiled."""
     devices, chip = aot.topology_devices(name), chip_of(name)
     found = []
-    every = list(candidates(config, shape, len(devices)))
+    every = list(candidates(config, shape, len(devices), aot.host_count(devices)))
     for c in every:
         e = _estimate(c, shape, chip)
         if e.memory < chip.usable * _GIB:
@@ -218,6 +223,7 @@ def search(config: ConfigDict, shape: Qwen25VLConfig, name: str, compiled: int) 
     if not found:
         yield f"{name}: none of {len(every)} settings fits {len(devices)} {chip.unit}; take more, or less packing.row_tokens"
         return
+    yield assumptions(chip)
     yield f"{name}, {len(devices)} {chip.unit}: {len(every)} settings, {fitting} may fit by estimate. The best of each mesh:"
     yield (
         f"{'data':>4} {'fsdp':>5} {'seq':>4} {'tensor':>6} {'rows':>5}  {'remat':<8} {'GiB':>6} {'ms arithmetic':>14} "
@@ -227,13 +233,14 @@ def search(config: ConfigDict, shape: Qwen25VLConfig, name: str, compiled: int) 
         h = c.mesh
         yield (
             f"{h.data:>4} {h.fsdp:>5} {h.sequence:>4} {h.tensor:>6} {c.packing.rows:>5}  {c.model.remat:<8} "
-            f"{e.memory / _GIB:>6.1f} {1e3 * e.compute:>14.0f} {1e3 * e.network:>8.0f} {rate:>10.0f}"
+            f"{e.memory / _GIB:>6.1f} {1e3 * e.compute:>14.0f} {1e3 * e.network:>8.0f} {rate:>10.0f}\n"
+            f"      {overrides(c, config)}"
         )
     yield f"\nas compiled, a micro-batch's gradients, the best first\n{_COMPARED}"
     lines = []
     for _, c, _ in found[:compiled]:
         bounds, text = compared(c, shape, name)
-        lines.append((bounds.mfu_one_by_one if bounds else 0.0, text))
+        lines.append((bounds.mfu_one_by_one if bounds else 0.0, f"{text}\n      {overrides(c, config)}"))
     yield from (text for _, text in sorted(lines, key=lambda x: -x[0]))
 
 
@@ -254,21 +261,27 @@ def compared(config: ConfigDict, shape: Qwen25VLConfig, name: str) -> tuple[Rate
         f"{start} {p.peak / _GIB:>6.1f} {p.peak / _GIB / chip.hbm:>6.0%} {(p.work.flops + kernels) / 1e12:>6.0f} "
         f"{p.work.bytes / 1e9:>8.0f} {sum(p.work.collective.values()) / 1e9:>7.1f}  {times:>28} "
         + (f"{rate.tokens:>9.0f} {rate.mfu_one_by_one:>4.0%}-{rate.mfu:.0%}" if rate else "does not fit")
+        + (f"; {p.work.unknown_loops} loops not counted" if p.work.unknown_loops else "")
     )
 
 
-def with_full_rows(config: ConfigDict, chips: int) -> ConfigDict:
-    """Returns the config with as many rows as can be split over the mesh: at least its own. `fsdp` is no longer -1."""
+def on_slice(config: ConfigDict, chips: int, hosts: int) -> ConfigDict:
+    """Returns the config as the trainers take it there: no axis is -1, and `packing.rows` not 0.
+
+    Raises `UserError` where they would.
+    """
+    check_rows(config, chips, hosts)
     c = config.copy_and_resolve_references()
-    h = c.mesh
-    known = math.prod(size for _, size in h.items() if size > 0)
-    if chips % known:
-        sizes = ", ".join(f"mesh.{axis}={size}" for axis, size in h.items())
-        raise UserError(f"{sizes}: {known} does not divide the {chips} chips of --topology; choose axes whose product does")
-    c.mesh.update({axis: chips // known for axis, size in h.items() if size == -1})
-    parts = h.data * h.fsdp
-    c.packing.rows = -(-c.packing.rows // parts) * parts
+    c.mesh.update(mesh_sizes(chips, **c.mesh))
+    c.packing.rows = row_count(c.packing.rows, c.mesh)
     return c
+
+
+def overrides(config: ConfigDict, given: ConfigDict) -> str:
+    """Returns the flags that make `config` of the given one: those of the mesh, of rows and remat."""
+    fields = [*(f"mesh.{axis}" for axis in config.mesh), "packing.rows", "model.remat"]
+    ours, theirs = ([reduce(getattr, field.split("."), c) for field in fields] for c in (config, given))
+    return " ".join(f"--config.{f}={x}" for f, x, other in zip(fields, ours, theirs, strict=True) if x != other)
 
 
 def assumptions(chip: Chip) -> str:
@@ -276,14 +289,15 @@ def assumptions(chip: Chip) -> str:
     return (
         f"Bounds, not measurements: {chip.flops / 1e12:.0f} bf16 TFLOP/s, {chip.bandwidth / 1e9:.0f} GB/s of memory and "
         f"{chip.link / 1e9:.0f} GB/s sent over all links (datasheet), all reached. Every row is one full segment. Loops "
-        "count as often as they run; attention's kernels and tiles by hand. Moved: what each fused step reads and writes."
+        "count as often as they run, those whose length the program does not say not at all; attention's kernels and tiles "
+        "by hand. Moved: what each fused step reads and writes."
     )
 
 
 def report(config: ConfigDict, shape: Qwen25VLConfig, name: str) -> Iterator[str]:
     """Yields the plan, part by part as they are compiled."""
     devices, chip = aot.topology_devices(name), chip_of(name)
-    config = with_full_rows(config, len(devices))
+    config = on_slice(config, len(devices), aot.host_count(devices))
     kernels = kernel_flops(config, shape, len(devices), devices[0].platform)
     mesh = ", ".join(f"{axis} {size}" for axis, size in config.mesh.items())
     p, s = config.packing, config.sampler
@@ -355,8 +369,11 @@ def main(config: ConfigDict, workdir: Path | None) -> None:
     if _SEARCH.value:
         parts = itertools.chain.from_iterable(search(config, shape, name, _COMPILE.value) for name in names)
     elif len(names) > 1:
-        slices = ((name, with_full_rows(config, len(aot.topology_devices(name)))) for name in names)
-        parts = itertools.chain([_COMPARED], (compared(c, shape, name)[1] for name, c in slices))
+        slices = {name: aot.topology_devices(name) for name in names}
+        planned = [(name, on_slice(config, len(d), aot.host_count(d))) for name, d in slices.items()]
+        kinds = {assumptions(chip_of(name)): name.split(":")[0] for name in names}
+        start = [*(f"{kind}: {text}" for text, kind in kinds.items()), _COMPARED]
+        parts = itertools.chain(start, (compared(c, shape, name)[1] for name, c in planned))
     else:
         parts = report(config, shape, names[0])
     for part in parts:

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import jax
 from ml_collections import ConfigDict
 
 from ares_jax import cli
 from ares_jax.aepo.trainer import Trainer
 from ares_jax.lifecycle.startup import STARTUP
 from ares_jax.metrics import stage
+from ares_jax.parallel.micro_batch import check_rows
 from ares_jax.workspace import open_workspace
 
 TOPICS = {
@@ -18,6 +20,7 @@ TOPICS = {
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
+    check_rows(config, jax.device_count(), jax.process_count())
     workspace = open_workspace(config, workdir)
     trainer = Trainer(workspace)  # before the sampler: what is missing or damaged is said at once
     STARTUP.mark("weights")

@@ -23,11 +23,12 @@ from ares_jax.environment import record_environment
 from ares_jax.errors import UserError
 from ares_jax.lifecycle.startup import STARTUP
 from ares_jax.models.lora import Lora, merged
-from ares_jax.models.params import to_flat, with_params
+from ares_jax.models.params import narrower, to_flat, with_params
 from ares_jax.models.qwen2_5_vl import Qwen25VL, Qwen25VLConfig, TextConfig, VisionConfig
 from ares_jax.models.qwen2_5_vl.model import abstract_model, new_lora, new_model
 from ares_jax.parallel.distributed import barrier, gather, is_first, share, to_host
-from ares_jax.parallel.sharding import BATCH, Placement, make_mesh, place_model
+from ares_jax.parallel.micro_batch import row_count, share_of
+from ares_jax.parallel.sharding import Placement, make_mesh, place_model
 from ares_jax.sampling import Engine, EngineOptions
 from ares_jax.sampling.everyone import Everyone
 from ares_jax.sampling.local import LocalSampler
@@ -75,7 +76,7 @@ class Workspace:
         """
         d, processes = self.config.data, jax.process_count()
         if batch_size is not None:
-            batch_size = _split(batch_size, "cold_start.batch_size")
+            batch_size = share_of(batch_size, "cold_start.batch_size", processes)
         return Stream(
             source, transform, seed=seed, batch_size=batch_size, process_index=jax.process_index(),
             process_count=processes, workers=d.workers, prefetch=d.prefetch, max_corrupt_share=d.max_corrupt_share,
@@ -96,11 +97,11 @@ class Workspace:
 
         Raises `UserError` if the rows cannot be split among processes.
         """
-        p, mesh = self.config.packing, self.placement.mesh
-        parts = math.prod(mesh.shape[axis] for axis in BATCH)
+        p, mesh, processes = self.config.packing, self.placement.mesh, jax.process_count()
+        parts, rows = row_count(0, mesh.shape), row_count(p.rows, mesh.shape)
         return pack(
-            segments, rows=_split(p.rows, "packing.rows"), row_tokens=p.row_tokens, row_patches=p.row_patches,
-            halvings=p.halvings, parts=-(-parts // jax.process_count()), gather=gather,
+            segments, rows=share_of(rows, "packing.rows", processes), row_tokens=p.row_tokens, row_patches=p.row_patches,
+            halvings=p.halvings, parts=-(-parts // processes), gather=gather,
         )  # fmt: skip
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -145,9 +146,20 @@ class Workspace:
         plain = abstract_model(self.model.config, **_types(self.config))
         return with_params(plain, dict(merged(params, self.model.lora)))
 
+    def drawn_with(self, params: Params) -> Iterator[tuple[str, jax.Array]]:
+        """Yields the weights as the sampler has them: LoRA merged, no wider than the arithmetic, which rounds them first."""
+        storage = self._sampler_types["param_dtype"]
+        for name, value in merged(params, self.model.lora):
+            yield name, value.astype(storage)
+
+    @property
+    def _sampler_types(self) -> dict:
+        types = _types(self.config)
+        return {**types, "param_dtype": narrower(types["dtype"], types["param_dtype"])}
+
     def to_send(self, params: Params) -> dict[str, np.ndarray]:
-        """Returns the weights as the sampler takes them: NumPy arrays, LoRA merged."""
-        return {name: to_host(value) for name, value in merged(params, self.model.lora)}
+        """Returns the weights as the sampler takes them, as NumPy arrays."""
+        return {name: to_host(value) for name, value in self.drawn_with(params)}
 
     @contextmanager
     def sampler(self) -> Iterator[Sampler]:
@@ -178,12 +190,12 @@ class Workspace:
     def push(self, client: Sampler, params: Params, version: int) -> None:
         """Gives this process's sampler new weights; every process calls it together."""
         if isinstance(client, LocalSampler):
-            client.push_weights(dict(merged(params, self.model.lora)), version)
+            client.push_weights(dict(self.drawn_with(params)), version)
         else:
             client.push_weights(self.to_send(params), version)
 
     def engine(self, params: Params) -> Engine:
-        """Returns an engine with the given weights, LoRA merged, on the devices where they lie."""
+        """Returns an engine with the given weights, as `drawn_with` gives them, on the devices where they lie."""
         s = self.config.sampler
         options = EngineOptions(
             max_slots=s.slots, page_size=s.page_size, num_pages=s.pages, max_prompt_tokens=s.max_prompt_tokens,
@@ -192,9 +204,10 @@ class Workspace:
             kernel=s.kernel or ("tpu" if jax.default_backend() == "tpu" else "xla"), prefill_layers=s.prefill_layers,
             prefill_chunk=s.prefill_chunk, one_shape=s.one_shape,
         )  # fmt: skip
+        plain = abstract_model(self.model.config, **self._sampler_types)
         return Engine(
-            self.merged_model(params), options, eos_token_ids=[self.tokenizer.eos_token_id], banned=self.banned,
-            trigger_mask=self.trigger,
+            with_params(plain, dict(self.drawn_with(params))), options, eos_token_ids=[self.tokenizer.eos_token_id],
+            banned=self.banned, trigger_mask=self.trigger,
         )  # fmt: skip
 
     def own_engine(self) -> Engine:
@@ -216,13 +229,6 @@ def sampler_mesh(config: ConfigDict) -> jax.sharding.Mesh:
 def everyone(client: Sampler) -> Sampler | Everyone:
     """Returns a client with which all processes share the same requests, and each gets all groups."""
     return Everyone(client) if jax.process_count() > 1 else client
-
-
-def _split(count: int, setting: str) -> int:
-    """Returns a process's part of `count`."""
-    if count % jax.process_count():
-        raise UserError(f"{setting}={count} cannot be split over {jax.process_count()} processes; make it a multiple")
-    return count // jax.process_count()
 
 
 def open_workspace(

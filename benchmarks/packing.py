@@ -46,7 +46,7 @@ def sequence(rng: np.random.Generator) -> tuple[np.ndarray, int]:
 
 def line(name: str, drawn: list[list[tuple[np.ndarray, int]]], packing: ConfigDict, halvings: int) -> str:
     padding, twice, seconds, micro_batches = [], [], [], []
-    choices = shapes(packing.rows, packing.row_tokens, packing.row_patches, halvings=halvings, parts=_CHIPS)
+    choices = shapes(packing.rows or _CHIPS, packing.row_tokens, packing.row_patches, halvings=halvings, parts=_CHIPS)
     for update in drawn:
         sizes, patches = zip(*update, strict=True)
         begin = time.perf_counter()

@@ -1,6 +1,6 @@
-"""Both stages of ARES on Qwen2.5-VL with the paper's numbers (method.md, sections 4 and 5), for a v5p-16: 8 chips.
+"""Both stages of ARES on Qwen2.5-VL with the paper's numbers (method.md, sections 4 and 5), for a v5p-16: 8 chips, or more.
 
-On another slice `python -m ares_jax.plan` says whether a mesh, a remat policy and `packing.rows` fit.
+`python -m ares_jax.plan` says whether a slice, a mesh, a remat policy and `packing.rows` fit.
 Before a run say where the weights and the problems are: `--config.model.pretrained=`, `--config.data.train=`, ...
 """
 
@@ -21,8 +21,8 @@ def _both(shape: str) -> ConfigDict:
             test=("jsonl://data/test.jsonl",), format_prompt="configs/formats/think_then_box.jinja",
             min_pixels=262_144, max_pixels=4_194_304, workers=8,
         )  # fmt: skip
-        # A row a chip. A prompt of 4096 tokens has at most 16,384 patches: four such fit in a row.
-        c.packing.update(rows=8, row_tokens=32_768, row_patches=65_536)
+        # A row for every part of data x fsdp. A prompt of 4096 tokens has at most 16,384 patches: four such fit in a row.
+        c.packing.update(rows=0, row_tokens=32_768, row_patches=65_536)
         c.sampler.update(
             max_prompt_tokens=4096, max_response_tokens=16_384, max_prompt_patches=16_384, temperature=1.0, top_p=0.99,
             slots=64, prefill_batch=4, page_size=64, pages=8192,  # a group of 8 of the longest answers takes 2,624 pages

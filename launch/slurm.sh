@@ -60,6 +60,7 @@ $share
 #SBATCH --output=$workdir/slurm.%j.log
 ${partition:+#SBATCH --partition=$partition}
 set -uo pipefail
+export XLA_PYTHON_CLIENT_MEM_FRACTION="\${XLA_PYTHON_CLIENT_MEM_FRACTION:-.95}" # JAX's default is three quarters
 # The cores are named, or srun gives a task one of them.
 srun --label --kill-on-bad-exit=0 --cpus-per-task="\${SLURM_CPUS_PER_TASK:-\$SLURM_CPUS_ON_NODE}"$line
 code=\$?

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -19,6 +20,7 @@ from ares_jax.cold_start.teacher import longest_trace, normalised_traces, teache
 from ares_jax.errors import UserError
 from ares_jax.metrics import stage
 from ares_jax.parallel.distributed import from_first
+from ares_jax.parallel.micro_batch import check_rows, share_of
 from ares_jax.sampling.requests import derive_seed
 from ares_jax.workspace import Workspace, everyone, open_workspace
 from data_pipeline.errors import DataError, OverlongError
@@ -48,6 +50,8 @@ def check(config: ConfigDict) -> None:
 
 def main(config: ConfigDict, workdir: Path) -> None:
     check(config)
+    check_rows(config, jax.device_count(), jax.process_count())
+    share_of(config.cold_start.batch_size, "cold_start.batch_size", jax.process_count())
     workspace, c = open_workspace(config, workdir), config.cold_start
     if c.warmup_steps:
         with stage(workdir, "warm-up fine-tuning") as record:

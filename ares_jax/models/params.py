@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from ares_jax.errors import UserError
@@ -14,6 +15,11 @@ Model = TypeVar("Model", bound=nnx.Module)
 def to_flat(model: nnx.Module) -> dict[str, Any]:
     """Returns every parameter (array, or shape of an abstract model) by its dotted name, such as `text.layers.q_kernel`."""
     return {_name(path): param.get_value() for path, param in _params(model)}
+
+
+def narrower(*types: jnp.dtype) -> jnp.dtype:
+    """Returns the type of the fewest bits: weights stored wider than the arithmetic are rounded before any use."""
+    return min(types, key=lambda dtype: jnp.dtype(dtype).itemsize)
 
 
 def with_params(model: Model, flat: Mapping[str, Any]) -> Model:

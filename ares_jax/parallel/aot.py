@@ -1,4 +1,4 @@
-"""Ahead of time: the real programs through the TPU's or the GPU's own compiler, on shapes, without either, without weights."""
+"""Ahead of time: the real programs through the compiler for TPUs or GPUs, on shapes, without a device or weights."""
 
 import functools
 import multiprocessing
@@ -22,7 +22,7 @@ from ares_jax.aepo.learner import Learner
 from ares_jax.cold_start.sft import fine_tuning_loss
 from ares_jax.errors import UserError
 from ares_jax.models.lora import Lora
-from ares_jax.models.params import to_flat
+from ares_jax.models.params import narrower, to_flat
 from ares_jax.models.qwen2_5_vl import Qwen25VLConfig, VisionInputs
 from ares_jax.models.qwen2_5_vl.model import Qwen25VL, abstract_model
 from ares_jax.models.qwen2_5_vl.paged import cache_spec, cached_heads
@@ -103,6 +103,11 @@ def _gpus(name: str, kind: str, shape: str) -> Sequence[Any]:
         raise UserError(
             f"--topology={name}: no compiler for GPUs ({reason}); it needs `pip install jax[cuda13]`, and JAX_PLATFORMS=cpu"
         ) from None
+
+
+def host_count(devices: Sequence[Any]) -> int:
+    """Returns on how many hosts, each a process of a run, these devices are."""
+    return len({device.process_index for device in devices})
 
 
 def bytes_per_chip(tree: Any) -> int:
@@ -240,9 +245,11 @@ def batch_shapes(config: ConfigDict, place: Placement, extras: Mapping[str, Any]
 def _placed(
     config: ConfigDict, shape: Qwen25VLConfig, devices: Sequence[Any], mesh: jax.sharding.Mesh | None = None
 ) -> tuple[Qwen25VL, Placement]:
-    """`mesh`: the sampler's, whose model has no LoRA."""
+    """`mesh`: the sampler's, whose model has no LoRA and no weights wider than its arithmetic."""
     m, lora = config.model, Lora(**config.lora) if config.lora.rank and mesh is None else None
     types = {"dtype": jnp.dtype(m.dtype), "param_dtype": jnp.dtype(m.param_dtype)}
+    if mesh is not None:
+        types["param_dtype"] = narrower(*types.values())
     model = abstract_model(shape, **types, remat=m.remat, lora=lora)
     return model, place_model(model, mesh or make_mesh(**config.mesh, devices=devices))
 

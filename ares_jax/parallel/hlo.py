@@ -59,12 +59,14 @@ class _Instruction:
 def work(text: str) -> Work:
     """Returns what the program with this optimized HLO text does."""
     computations, entry = _parse(text)
-    return _Walk(computations).computation(entry)
+    head = text[: text.find("\n")]
+    counts = (re.search(rf"\b{name}=(\d+)", head) for name in ("replica_count", "num_partitions"))
+    return _Walk(computations, math.prod(int(count.group(1)) for count in counts if count)).computation(entry)
 
 
 class _Walk:
-    def __init__(self, computations: dict[str, dict[str, _Instruction]]):
-        self.computations = computations
+    def __init__(self, computations: dict[str, dict[str, _Instruction]], devices: int):
+        self.computations, self.devices = computations, devices
         self.known: dict[str, Work] = {}
 
     def computation(self, name: str) -> Work:
@@ -135,11 +137,11 @@ class _Walk:
                 total.bytes += self._fusion_bytes(i, scope, self.computations[name])
                 inner = self.computations[name]
                 for x in inner.values():
-                    _collective(x, inner, total, scattered="reduce-scatter" in name)
+                    _collective(x, inner, total, self.devices, scattered="reduce-scatter" in name)
         else:
             if i.opcode in ("dot", "convolution"):
                 total.flops += _product(i, scope)
-            _collective(i, scope, total)
+            _collective(i, scope, total, self.devices)
             pages = i.opcode == "custom-call" and _READS_PAGES in i.rest
             total.page_kernels += pages
             if not pages and i.opcode not in _FREE and not i.opcode.endswith("-done"):
@@ -262,12 +264,14 @@ def _moved(i: _Instruction, scope: dict[str, _Instruction]) -> float:
     return _hbm(i.shape) + sum(_hbm(scope[name].shape) for name in i.operands if name in scope)
 
 
-def _collective(i: _Instruction, scope: dict[str, _Instruction], total: Work, scattered: bool = False) -> None:
+def _collective(
+    i: _Instruction, scope: dict[str, _Instruction], total: Work, devices: int, scattered: bool = False
+) -> None:
     kind = i.opcode.removesuffix("-start")
     if kind not in _COLLECTIVES:
         return
     given = sum(_size(scope[name].shape) for name in i.operands if name in scope)
-    group = _group_size(i.rest)
+    group = _group_size(i.rest, devices)
     others = (group - 1) / group
     if kind == "collective-permute":
         others = 1.0
@@ -281,7 +285,8 @@ def _collective(i: _Instruction, scope: dict[str, _Instruction], total: Work, sc
     total.collective[name] = total.collective.get(name, 0.0) + sent
 
 
-def _group_size(rest: str) -> int:
+def _group_size(rest: str, all_devices: int) -> int:
+    """Returns how many devices a collective is among; all where it names none. Raises `ValueError` if that is unreadable."""
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", match.group(1)))
         split = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match.group(2))
@@ -290,7 +295,9 @@ def _group_size(rest: str) -> int:
         return int(match.group(2))
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
         return match.group(1).count(",") + 1
-    return 2
+    if "replica_groups={}" in rest or "replica_groups=" not in rest:
+        return all_devices
+    raise ValueError(f"replica_groups cannot be read in: {rest[:200]}")
 
 
 def _product(i: _Instruction, scope: dict[str, _Instruction]) -> float:

@@ -29,19 +29,29 @@ RULES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+def mesh_sizes(devices: int, *, data: int = 1, fsdp: int = -1, sequence: int = 1, tensor: int = 1) -> dict[str, int]:
+    """Returns the axes of a mesh over so many devices. One may be -1 and takes what the others leave.
+
+    Raises `UserError` if they do not fill the devices.
+    """
+    sizes = [data, fsdp, sequence, tensor]
+    known = math.prod(size for size in sizes if size > 0)
+    if sizes.count(-1) == 1 and devices % known == 0:
+        sizes[sizes.index(-1)] = devices // known
+    if math.prod(sizes) != devices or min(sizes) < 1:
+        given = f"mesh data={data} fsdp={fsdp} sequence={sequence} tensor={tensor}"
+        raise UserError(f"{given} does not fill {devices} devices; one axis may be -1: what the others leave")
+    return dict(zip(MESH_AXES, sizes, strict=True))
+
+
 def make_mesh(
     *, data: int = 1, fsdp: int = -1, sequence: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """Returns a mesh over all devices; one axis may be -1 and takes what the others leave."""
-    devices = list(devices if devices is not None else jax.devices())
-    sizes = [data, fsdp, sequence, tensor]
-    known = math.prod(size for size in sizes if size > 0)
-    if sizes.count(-1) == 1 and len(devices) % known == 0:
-        sizes[sizes.index(-1)] = len(devices) // known
-    if math.prod(sizes) != len(devices):
-        given = f"mesh data={data} fsdp={fsdp} sequence={sequence} tensor={tensor}"
-        raise UserError(f"{given} does not fill {len(devices)} devices; one axis may be -1: what the others leave")
-    return Mesh(np.array(devices).reshape(sizes), MESH_AXES)
+    """Returns a mesh over all devices, host by host; the axes are those of `mesh_sizes`."""
+    # A row's devices are neighbours, and must be of one host.
+    devices = sorted(jax.devices() if devices is None else devices, key=lambda device: device.process_index)
+    sizes = mesh_sizes(len(devices), data=data, fsdp=fsdp, sequence=sequence, tensor=tensor)
+    return Mesh(np.array(devices).reshape(list(sizes.values())), MESH_AXES)
 
 
 def platform() -> str:

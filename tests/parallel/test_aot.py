@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -24,8 +25,9 @@ from ares_jax.models.qwen2_5_vl.model import abstract_model
 from ares_jax.parallel import aot
 from ares_jax.parallel.chips import TPUS
 from ares_jax.parallel.hlo import Work
+from ares_jax.parallel.micro_batch import check_rows
 from ares_jax.parallel.sharding import batch_sharding, make_mesh
-from ares_jax.plan import candidates, colocated, kernel_flops, row_flops, search, table, with_full_rows
+from ares_jax.plan import candidates, colocated, kernel_flops, row_flops, on_slice, overrides, search, table
 from ares_jax.sampling.requests import rollout_request
 from configs import qwen2_5_vl
 from data_pipeline.packing import pack
@@ -67,8 +69,8 @@ def steps():
 def paper_config(size, stage):
     """Returns the shipped config, with the rows that it has on the slice it is made for: 8 chips."""
     config = importlib.import_module(f"configs.qwen2_5_vl_{size}_{stage}").get_config()
-    full = with_full_rows(config, 8)
-    assert full.packing == config.packing and config.packing.row_tokens == 32_768
+    full = on_slice(config, 8, 2)
+    assert full.packing.rows == 8 and full.packing.row_tokens == 32_768
     return full
 
 
@@ -189,14 +191,27 @@ def test_learner_and_sampler_of_one_chip_are_added_up():
 def test_a_mesh_that_does_not_divide_the_slice_is_refused():
     config = planned("7b")
     config.mesh.update(fsdp=-1, tensor=16)
-    with pytest.raises(UserError, match="mesh.tensor=16: 16 does not divide the 8 chips"):
-        with_full_rows(config, 8)
+    with pytest.raises(UserError, match="tensor=16 does not fill 8 devices"):
+        on_slice(config, 8, 2)
 
 
 def test_a_search_in_vain_says_so():
     config = qwen2_5_vl.aepo("72b")
     (line,) = search(config, PUBLISHED["72b"], "v5e:2x2", 0)
     assert "settings fits 4 chips; take more" in line
+
+
+def test_what_a_search_finds_is_what_to_type():
+    given = qwen2_5_vl.aepo("7b")
+    lines = list(search(given, PUBLISHED["7b"], "v5p:4x4x4", 0))
+    assert lines[0].startswith("Bounds, not measurements: 459 bf16 TFLOP/s")
+    typed = [re.findall(r"--config\.(\S+)=(\S+)", line) for line in lines if "--config." in line]
+    assert len(typed) > 5
+    for flags in typed:
+        config = given.copy_and_resolve_references()
+        config.update_from_flattened_dict({name: value if "remat" in name else int(value) for name, value in flags})
+        check_rows(config, 64, 16)
+    assert overrides(given, given) == ""
 
 
 def test_decoding_counts_the_attention_of_its_kernel():
@@ -211,16 +226,20 @@ def test_decoding_counts_the_attention_of_its_kernel():
 
 
 def test_a_micro_batch_has_a_row_for_every_part_of_the_mesh():
-    wide = with_full_rows(qwen2_5_vl.aepo("7b"), 128)
+    config = qwen2_5_vl.aepo("7b")
+    wide = on_slice(config, 128, 32)
     assert (wide.mesh.fsdp, wide.packing.rows) == (128, 128)
+    config.packing.rows = 8  # which the trainers would refuse
+    with pytest.raises(UserError, match="packing.rows=8 cannot be split over mesh data x fsdp = 128; .* or 0: a row"):
+        on_slice(config, 128, 32)
 
 
 def test_every_candidate_of_a_search_fills_the_slice():
-    found = list(candidates(planned("7b"), PUBLISHED["7b"], 16))
+    found = list(candidates(planned("7b"), PUBLISHED["7b"], 16, 4))
     assert len({tuple(c.mesh.values()) for c in found}) > 6
     for c in found:
         assert c.mesh.data * c.mesh.fsdp * c.mesh.sequence * c.mesh.tensor == 16
-        assert c.packing.rows % (c.mesh.data * c.mesh.fsdp) == 0
+        check_rows(c, 16, 4)
 
 
 def test_batches_have_the_shapes_that_are_compiled():

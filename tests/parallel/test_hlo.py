@@ -97,6 +97,36 @@ ENTRY %main (x: f32[32,32]) -> (u32[], f32[32,32]) {
     assert hlo.work(text).flops == 4 * 2 * 32**3
 
 
+@pytest.mark.parametrize(
+    "groups, size",
+    [
+        ("replica_groups={}", 8), ("replica_groups={{0,1,2,3},{4,5,6,7}}", 4), ("replica_groups=[4,2]<=[8]", 2),
+        ("replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}", 4), ("use_global_device_ids=true", 8),
+    ],
+)  # fmt: skip
+def test_a_collective_is_among_the_devices_that_it_names_or_all(groups, size):
+    text = f"""HloModule m, num_partitions=8
+
+ENTRY %main (a: f32[64]) -> f32[64] {{
+  %a = f32[64]{{0}} parameter(0)
+  ROOT %r = f32[64]{{0}} all-reduce(%a), channel_id=1, {groups}, to_apply=%add
+}}
+"""
+    assert hlo.work(text).collective == {"all-reduce": 2 * 64 * 4 * (size - 1) / size}
+
+
+def test_a_collective_among_devices_that_cannot_be_read_is_not_guessed():
+    text = """HloModule m, num_partitions=8
+
+ENTRY %main (a: f32[64]) -> f32[64] {
+  %a = f32[64]{0} parameter(0)
+  ROOT %r = f32[64]{0} all-reduce(%a), channel_id=1, replica_groups=<new>, to_apply=%add
+}
+"""
+    with pytest.raises(ValueError, match="replica_groups cannot be read in: .*<new>"):
+        hlo.work(text)
+
+
 def test_what_is_cut_out_of_a_large_array_or_written_into_it_counts_as_the_piece():
     big = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
 
