@@ -1,17 +1,18 @@
 """Forward, train step and decoding of a 200 M-parameter Qwen2.5-VL against `transformers`' PyTorch, same weights, one run.
 
-    python -m benchmarks.model [--repeats=5] [--only=forward,decode,train]
+    python -m benchmarks.model [--repeats=5] [--only=forward,decode,train] [--dtype=bfloat16]
 
-Width 768, 12 layers, 12 query and 2 key/value heads, vocabulary 151,936, float32 (on a GPU: the 3B shape in bfloat16).
+Width 768, 12 layers, 12 query and 2 key/value heads, vocabulary 151,936; on a GPU the 3B shape, too. float32; there bf16.
 The contestants take turns and the best of their times counts, so that a busy machine disturbs both alike. What they compute
 is compared, too: logits, loss, gradient norm, tokens. Beside the ratios stands what the machine allows: the matrix products
-alone at the speed of a large square one (the share of it is the MFU), or the bytes of the weights at the speed at which a
-large array is read.
+alone at the speed of a large square one, or the bytes of the weights at the speed at which a large array is read; and where
+the datasheet's peak is known the MFU.
 """
 
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,20 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from ares_jax.checkpoints import save_hf
 from ares_jax.models.params import to_flat, with_params
 from ares_jax.models.qwen2_5_vl import Qwen25VL, Qwen25VLConfig, TextConfig, VisionConfig
+from ares_jax.parallel.chips import peak_flops
 from ares_jax.parallel.sharding import make_mesh, place_model
 from ares_jax.sampling.programs import Programs, Prompts, Rows, cut_layers, leaf_keys
 from ares_jax.training import Update, initial_state
 from ares_jax.training.log_probs import token_statistics
+from kernels.logits import token_logits
 
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Measurements of each contestant; the best counts.", lower_bound=1)
 _ONLY = flags.DEFINE_list("only", ["forward", "decode", "train"], "What to measure.")
 
-_CPU = TextConfig(151_936, 768, 2048, 12, 12, 2, (8, 12, 12))  # 190 M parameters, the embedding tied
-_GPU = TextConfig(151_936, 2048, 11_008, 36, 16, 2, (16, 24, 24))  # 3B
+_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of weights and arithmetic; by default as above.")
+
+_SMALL = TextConfig(151_936, 768, 2048, 12, 12, 2, (8, 12, 12))  # 190 M parameters, the embedding tied
+_LARGE = TextConfig(151_936, 2048, 11_008, 36, 16, 2, (16, 24, 24))  # 3B
 _ROWS, _LENGTH = 4, 256  # of the forward pass and the train step
 _SEQUENCES, _PROMPT, _NEW = 8, 32, 32  # of decoding
 _PAGE = 32
@@ -44,31 +49,37 @@ _PAGE = 32
 
 def main(_) -> None:
     gpu = jax.default_backend() == "gpu"
-    text, dtype = (_GPU, jnp.bfloat16) if gpu else (_CPU, jnp.float32)
+    dtype = jnp.dtype(_DTYPE.value or ("bfloat16" if gpu else "float32"))
+    limit = _Machine(dtype)
+    for text in (_SMALL, _LARGE) if gpu else (_SMALL,):
+        _measure(text, dtype, limit, "cuda" if gpu else "cpu")
+
+
+def _measure(text: TextConfig, dtype: jnp.dtype, limit: "_Machine", device: str) -> None:
     vision = VisionConfig(320, 640, 2, 4, (1,))
     config = Qwen25VLConfig(text, vision, 151_655, 151_656, 151_652, 151_653)
     model = Qwen25VL(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
     with tempfile.TemporaryDirectory() as folder:
         save_hf(model, Path(folder) / "model")
         theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            Path(folder) / "model", dtype=torch.bfloat16 if gpu else torch.float32
-        ).to("cuda" if gpu else "cpu")
+            Path(folder) / "model", dtype=getattr(torch, dtype.name)
+        ).to(device)
     params = to_flat(model)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 150_000, (_ROWS, _LENGTH)).astype(np.int32)
     weights = sum(p.size for name, p in params.items() if name.startswith("text.layers")) + params["text.embedding"].size
-    print(f"{jax.devices()[0].device_kind}, {weights / 1e6:,.0f} M weights in the decoder, {jnp.dtype(dtype).name}\n")
-    limit = _Machine(dtype)
-    print("| what | ours | transformers | ratio | the machine allows | same result |\n|---|---|---|---|---|---|")
+    print(f"\n{jax.devices()[0].device_kind}, {weights / 1e6:,.0f} M weights in the decoder, {dtype.name}\n")
+    print("| what | ours | transformers | ratio | the machine allows | MFU | same result |\n" + "|---" * 7 + "|")
     if "forward" in _ONLY.value:
-        floor = 2 * weights * tokens.size / limit.flops
-        _row("forward, logits of 4 x 256 tokens", _forward(model, params, theirs, tokens), floor)
+        flops = 2 * weights * tokens.size
+        _row("forward, logits of 4 x 256 tokens", _forward(model, params, theirs, tokens), flops / limit.flops, flops)
     if "decode" in _ONLY.value:
-        floor = weights * jnp.dtype(dtype).itemsize / limit.bandwidth * _NEW
-        _row(f"decoding, {_SEQUENCES} x {_NEW} tokens", _decode(model, params, theirs, tokens), floor)
+        floor = weights * dtype.itemsize / limit.bandwidth * _NEW
+        flops = 2 * weights * _SEQUENCES * (_PROMPT + _NEW)
+        _row(f"decoding, {_SEQUENCES} x {_NEW} tokens", _decode(model, params, theirs, tokens), floor, flops)
     if "train" in _ONLY.value:  # last: it changes PyTorch's weights
-        floor = 6 * weights * tokens.size / limit.flops
-        _row("train step, 4 x 256 tokens, AdamW", _train(model, params, theirs, tokens), floor)
+        flops = 6 * weights * tokens.size
+        _row("train step, 4 x 256 tokens, AdamW", _train(model, params, theirs, tokens), flops / limit.flops, flops)
 
 
 class _Machine:
@@ -76,7 +87,7 @@ class _Machine:
 
     def __init__(self, dtype):
         a = jnp.ones((2048, 2048), dtype)
-        product, read = jax.jit(jnp.matmul), jax.jit(jnp.max)
+        product, read = jax.jit(partial(jnp.matmul, preferred_element_type=jnp.float32)), jax.jit(jnp.max)
         self.flops = 2 * 2048**3 / _best(lambda: product(a, a).block_until_ready())
         big = jnp.ones((1024, 2**17), dtype)
         self.bandwidth = big.nbytes / _best(lambda: read(big).block_until_ready())
@@ -92,13 +103,19 @@ def _seconds(f: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
-def _row(name: str, contest: tuple[Callable[[], Any], Callable[[], Any], Callable[[Any, Any], str]], floor: float) -> None:
+_Contest = tuple[Callable[[], Any], Callable[[], Any], Callable[[Any, Any], str]]
+
+
+def _row(name: str, contest: _Contest, floor: float, flops: float) -> None:
     """Times the two contestants in turns, after a first call each, whose results are compared."""
     ours, theirs, compare = contest
     same = compare(ours(), theirs())
     times = [(_seconds(ours), _seconds(theirs)) for _ in range(_REPEATS.value)]
     a, b = (min(column) for column in zip(*times, strict=True))
-    print(f"| {name} | {a:.3f} s | {b:.3f} s | {b / a:.2f} x | {floor:.3f} s ({floor / a:.0%}) | {same} |", flush=True)
+    peak = peak_flops(jax.devices()[0].device_kind)
+    mfu = f"{flops / a / peak:.1%}" if peak else "-"
+    cells = name, f"{a:.3f} s", f"{b:.3f} s", f"{b / a:.2f} x", f"{floor:.3f} s ({floor / a:.0%})", mfu, same
+    print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def _forward(model: Qwen25VL, params: dict, theirs: torch.nn.Module, tokens: np.ndarray):
@@ -107,7 +124,8 @@ def _forward(model: Qwen25VL, params: dict, theirs: torch.nn.Module, tokens: np.
     @jax.jit
     def logits(params, tokens):
         bound = with_params(model, params)
-        return bound(tokens, positions, jnp.ones_like(tokens)) @ bound.head.T
+        hidden = bound(tokens, positions, jnp.ones_like(tokens))
+        return token_logits(hidden.reshape(tokens.size, -1), bound.head, 1.0, None).reshape(*tokens.shape, -1)
 
     def ours():
         return logits(params, tokens).block_until_ready()

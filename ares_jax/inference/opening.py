@@ -98,7 +98,7 @@ def published_config(path: Path) -> ConfigDict:
 
 def _open_published(path: Path, overrides: Mapping[str, Any], dtype: str | None) -> Opened:
     config = published_config(path)
-    # An accelerator computes in bfloat16; a CPU does not gain by it.
+    # An accelerator computes in bfloat16; few CPUs gain by it.
     config.model.dtype = config.model.param_dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     config.update_from_flattened_dict(dict(overrides))
     workspace = _opened(config, path)

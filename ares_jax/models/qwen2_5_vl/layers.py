@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from ares_jax.errors import UserError
+from ares_jax.parallel.sharding import platform
 
 Axes = tuple[str | None, ...]
 
@@ -44,16 +45,43 @@ def rms_norm(x: Float[Array, "... D"], weight: Float[Array, "D"], eps: float) ->
     return weight.astype(x.dtype) * (wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + eps)).astype(x.dtype)
 
 
-def matmul(x: Float[Array, "... D"], kernel: Float[Array, "D F"], **options: Any) -> Float[Array, "... F"]:
-    """`x @ kernel`. On one device over a list of tokens, not over rows of them.
+def matmul(x: Float[Array, "... D"], kernel: Float[Array, "D F"]) -> Float[Array, "... F"]:
+    """`x @ kernel`, in the type of x."""
+    if x.dtype == jnp.bfloat16 and platform() == "cpu":
+        return _summed_wide(x, kernel)
+    return _multiply(x, kernel)
+
+
+def _multiply(x: Float[Array, "... D"], kernel: Float[Array, "D F"], **options: Any) -> Float[Array, "... F"]:
+    return jnp.matmul(_listed(x), kernel, **options).reshape(*x.shape[:-1], -1)
+
+
+def _listed(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """Returns a list of tokens in the place of rows of them, on one device.
 
     Rows make XLA's CPU compiler transpose what the gradient multiplies, a third of the layers' backward pass. Split over
     devices the rows must stay apart from what they hold.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1:
-        return jnp.matmul(x, kernel, **options)
-    return jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, **options).reshape(*x.shape[:-1], -1)
+    return x if not mesh.empty and mesh.size > 1 else x.reshape(-1, x.shape[-1])
+
+
+@jax.custom_vjp
+def _summed_wide(x: Float[Array, "... D"], kernel: Float[Array, "D F"]) -> Float[Array, "... F"]:
+    """As `_multiply`, for CPUs: XLA's code for bfloat16 products is several times as fast into float32, rounded afterwards.
+
+    Elsewhere it would make the sums that devices send each other twice as large.
+    """
+    return _multiply(x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def _summed_wide_backward(operands, gradient):
+    x, kernel = operands
+    d_kernel = jnp.einsum("...D,...F->DF", _listed(x), _listed(gradient), preferred_element_type=jnp.float32)
+    return _summed_wide(gradient, kernel.T), d_kernel.astype(kernel.dtype)
+
+
+_summed_wide.defvjp(lambda x, kernel: (_summed_wide(x, kernel), (x, kernel)), _summed_wide_backward)
 
 
 FEW_ROWS = 64  # up to here a product with the weights on the left is not slower
@@ -68,9 +96,11 @@ def linear_by_output(
     to a third longer (benchmarks/RESULTS.md).
     """
     rows = x.reshape(-1, x.shape[-1])
-    if len(rows) <= FEW_ROWS:
+    count = len(rows)
+    if count <= FEW_ROWS:
+        rows = jnp.pad(rows, ((0, count == 1), (0, 0)))  # in bfloat16 one row takes ten times as long as two
         wide = jnp.einsum("FD,RD->FR", kernel, rows, preferred_element_type=jnp.float32)
-        wide = jax.lax.optimization_barrier(wide).T  # else the compiler puts the kernel back on the right
+        wide = jax.lax.optimization_barrier(wide).T[:count]  # else the compiler puts the kernel back on the right
     else:
         wide = jnp.matmul(rows, kernel.T, preferred_element_type=jnp.float32)
     wide = wide if bias is None else wide + bias.astype(jnp.float32)
@@ -83,7 +113,7 @@ def linear(x: Float[Array, "... D"], kernel: Float[Array, "D F"], bias: Float[Ar
 
     Rounding the product, too, makes bf16 logits a tenth less exact.
     """
-    wide = matmul(x, kernel, preferred_element_type=jnp.float32)
+    wide = _multiply(x, kernel, preferred_element_type=jnp.float32)
     return (wide + bias.astype(jnp.float32)).astype(x.dtype)
 
 

@@ -161,4 +161,5 @@ def gathered_attention(
     scores = jnp.where(visible[:, None, None], scores * size**-0.5, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
     value = jnp.where(visible[:, None, :, None], value, 0)  # others may have left NaN there
-    return jnp.einsum("BKGS,BKSH->BKGH", weights, value).reshape(rows, heads, size)
+    mixed = jnp.einsum("BKGS,BKSH->BKGH", weights, value, preferred_element_type=jnp.float32)
+    return mixed.astype(query.dtype).reshape(rows, heads, size)

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from ares_jax.models.qwen2_5_vl.attention import self_attention
 from ares_jax.models.qwen2_5_vl.config import VisionConfig
-from ares_jax.models.qwen2_5_vl.layers import Initializer, linear, rms_norm, run_layers, scan_layers
+from ares_jax.models.qwen2_5_vl.layers import Initializer, linear, matmul, rms_norm, run_layers, scan_layers
 from ares_jax.models.qwen2_5_vl.rotary import rotate, vision_angles
 from ares_jax.parallel.sharding import constrain
 
@@ -62,7 +62,7 @@ class VisionTower(nnx.Module):
 
     def begin(self, inputs: VisionInputs) -> Float[Array, "B P W"]:
         """Returns what the first layer takes."""
-        return inputs.patches.astype(self.dtype) @ self.patch_embed[...].astype(self.dtype)
+        return matmul(inputs.patches.astype(self.dtype), self.patch_embed[...].astype(self.dtype))
 
     @jax.named_scope("vision")
     def some(
