@@ -15,6 +15,7 @@ from jaxtyping import Bool, Shaped
 from ml_collections import ConfigDict
 
 from ares_jax.aepo.trigger_words import WORDS, read_words, trigger_mask
+from ares_jax.checkpoints.folders import is_remote
 from ares_jax.checkpoints.huggingface import load_hf, read_config
 from ares_jax.checkpoints.manager import Checkpoints
 from ares_jax.checkpoints.orbax_params import is_converted, load_orbax
@@ -239,6 +240,11 @@ def open_workspace(
     if m.shape and not m.pretrained:
         raise UserError(
             f"model.shape={m.shape} has no weights; name the folder of the checkpoint with --config.model.pretrained="
+        )
+    if is_remote(m.pretrained):
+        raise UserError(
+            f"model.pretrained={m.pretrained}: a run reads it from a folder; copy it with `python -m ares_jax.convert "
+            "--from=hf --to=hf`, or mount the bucket with gcsfuse (docs/pods.md)"
         )
     if is_first() and not read_only:
         save_config(config, folder)
