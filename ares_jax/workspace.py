@@ -95,13 +95,14 @@ class Workspace:
     def pack(self, segments: Sequence[Segment]) -> list[dict[str, Shaped[np.ndarray, "B ..."]]]:
         """Returns micro-batches of this process's segments: its own rows of each, shaped as every other process's.
 
-        Raises `UserError` if the rows cannot be split among processes.
+        Raises `UserError` if the rows cannot be split among processes, `DataError` as `pack` does.
         """
         p, mesh = self.config.packing, self.placement.mesh
         parts = math.prod(mesh.shape[axis] for axis in BATCH)
         return pack(
             segments, rows=_split(p.rows, "packing.rows"), row_tokens=p.row_tokens, row_patches=p.row_patches,
             halvings=p.halvings, parts=-(-parts // jax.process_count()), gather=gather,
+            placeholder_ids=self.encoder.placeholder_ids,
         )  # fmt: skip
 
     def decode(self, token_ids: Sequence[int]) -> str:

@@ -37,6 +37,9 @@ class Bucket(LocalFileSystem):
     def listdir(self, path, detail=True, **more):
         return self.ls(path, detail=detail, **more)
 
+    def glob(self, path, **more):
+        return [os.path.relpath(found, self.folder) for found in super().glob(path, **more)]
+
     def exists(self, path, **_):
         path = Path(self._strip_protocol(path))
         return path.is_file() or any(file.is_file() for file in path.rglob("*"))

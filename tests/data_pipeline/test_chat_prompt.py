@@ -67,13 +67,13 @@ def test_the_tokenizers_own_template_token_by_token(template, question, images, 
 
 @pytest.mark.parametrize("pad", ["<|image_pad|>", "<|video_pad|>"])
 def test_a_placeholder_in_the_text_is_named_with_problem_sizes_and_both_counts(pad):
-    sizes = r"\[\(28, 56\), \(84, 84\), \(28, 28\), \(56, 28\)\]"
+    sizes = r"28x56, 84x84, 28x28, 56x28 \(5 frames\) \(height x width\)"
     with pytest.raises(DataError, match=f"problem p1: 5 image placeholders for 4 images of sizes {sizes}"):
         digits.encoder()(problem(f"What is {pad}?"))
     with pytest.raises(DataError, match="problem p1: 1 image placeholders for 0 images"):
         digits.encoder()(problem(f"What is {pad}?", (), ()))
-    with pytest.raises(DataError, match="2 image tokens for 0 image features"):
-        digits.encoder().encode_response(f"<think> {pad}{pad}")
+    with pytest.raises(DataError, match="problem p1: 2 image tokens in the response '<think> .*' for 0 image features"):
+        digits.encoder().encode_response(f"<think> {pad}{pad}", "p1")
 
 
 def test_a_template_without_placeholders_is_no_silent_loss_of_images():

@@ -110,7 +110,7 @@ def test_no_cut_and_no_extra_placeholder_goes_unnoticed(seed, data):
         ([1, IMAGE], [], "problem p3: 1 image tokens for 0 image features of 0 images"),
         ([IMAGE, 1, IMAGE], [[1, 2, 4]], "do not stand in one run an image"),
         ([IMAGE, VIDEO], [[1, 2, 4]], "do not stand in one run an image"),
-        ([VIDEO, 1], [[2, 2, 2]], r"1 image tokens for 2 image features of 1 images of sizes 28x28 \(2 frame pairs\)"),
+        ([VIDEO, 1], [[2, 2, 2]], r"1 image tokens for 2 image features of 1 images of sizes 28x28 \(4 frames\)"),
     ],
 )
 def test_a_mismatch_names_problem_sizes_and_both_counts(tokens, grids, message):

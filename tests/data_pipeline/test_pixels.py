@@ -97,7 +97,7 @@ def test_a_prompt_with_image_and_video_and_its_time():
 
 
 def test_bad_pictures_are_named():
-    with pytest.raises(DataError, match=r"problem p1: images of sizes \[\(1, 900\)\].*aspect ratio.*crop"):
+    with pytest.raises(DataError, match=r"problem p1: 1 images of sizes 1x900 \(height x width\): .*aspect ratio.*crop"):
         encoder()(problem(images=(picture(np.random.default_rng(0), 1, 900),)))
     video = np.zeros((2, 28, 28, 3), np.uint8)
     for rates in [(0.0,), (1.0, 1.0)]:

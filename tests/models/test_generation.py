@@ -80,6 +80,6 @@ def test_a_prompt_whose_image_tokens_do_not_match_is_refused(pair):
         tokens = prompt.tokens.copy()
         tokens[[6, 5]] = tokens[[5, 6]]
         engine.submit(request("geo-7", prompt, token_ids=tokens))
-    with pytest.raises(UserError, match="268 image patches, grid_thw says 24"):
+    with pytest.raises(UserError, match="problem geo-7: 268 image patches for 1 images of sizes 56x84 .*, which have 24"):
         engine.submit(request("geo-7", prompt, grid_thw=prompt.grids[:1]))
     assert not engine.busy
