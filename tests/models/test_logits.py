@@ -72,8 +72,8 @@ def test_packed_segments_give_what_pytorch_gives_each_alone(pair):
 
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2]], ids=["tied", "untied 7:1"])
 def test_bfloat16_is_within_the_spread_of_pytorchs_own(tmp_path, shape):
-    """Over weights and prompts, the error against float32 is on average no larger than PyTorch's own: 2 % is what chance
-    leaves of that many numbers. And no logit is further off than PyTorch's furthest."""
+    """Over several weights, the error against float32 is on average no larger than PyTorch's own (measured: 0.99 and 0.93 of
+    it), and no logit is further off than PyTorch's furthest."""
     squares, largest = [], []
     for seed in range(4):
         pair, prompts = make_pair(tmp_path / str(seed), shape, seed=seed), list(examples(seed).values())
@@ -85,8 +85,7 @@ def test_bfloat16_is_within_the_spread_of_pytorchs_own(tmp_path, shape):
         squares.append([np.mean(error**2) for error in errors])
         largest.append([np.abs(error).max() for error in errors])
     mine, other = np.sqrt(np.mean(squares, axis=0))
-    print(mine, other, mine / other, np.sqrt(np.array(squares)), np.array(largest))
-    assert mine < 1.02 * other, (mine, other)
+    assert mine <= other, (mine, other)
     assert np.max(largest, axis=0)[0] <= np.max(largest, axis=0)[1], largest
 
 
