@@ -1,5 +1,6 @@
 """The conversion command: bit for bit both ways, everything carried over, every fault named, nothing half-written."""
 
+import gc
 import json
 import os
 import re
@@ -343,6 +344,7 @@ def test_any_training_checkpoint_is_exported(workdir, tmp_path, chosen, expected
     assert ("model.safetensors.index.json" in names) == ("max_shard_size" in chosen)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_chunk_that_is_damaged_is_named_by_its_tensor(tmp_path):
     """What lists the chunks is whole, so the folder opens; the chunks are cut short."""
     make_hf(tmp_path / "hf", dtype=np.float32)
@@ -352,6 +354,7 @@ def test_a_chunk_that_is_damaged_is_named_by_its_tensor(tmp_path):
     open_converted(tmp_path / "orbax")
     with pytest.raises(UserError, match=r"params: tensor [\w.]+\.(weight|bias) cannot be read \(.*\); copy it again"):
         load_orbax(tmp_path / "orbax")
+    gc.collect()  # Orbax leaves the reads of other arrays pending
 
 
 @pytest.mark.parametrize("stored, computed, chosen, written", [
