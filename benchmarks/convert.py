@@ -123,9 +123,7 @@ def main(_) -> None:
         smallest = min(map(int, _LAYERS.value))
         for layers in map(int, _LAYERS.value):
             with tempfile.TemporaryDirectory(dir=name) as inner:
-                results, (total, shard, tensor) = convert_all_ways(
-                    Path(inner), config(layers), with_step=layers == smallest
-                )
+                results, (total, shard, tensor) = convert_all_ways(Path(inner), config(layers), with_step=layers == smallest)
             for command, (peak, seconds) in results.items():
                 largest = 2 * tensor if command == STEP else tensor  # read as float32
                 bound = 1.5 * shard + largest

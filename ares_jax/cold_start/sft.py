@@ -159,7 +159,5 @@ def fine_tune(
 def normalized(segments: Sequence[Segment]) -> tuple[list[Segment], int]:
     """Returns the segments with weights that sum to 1 over those of all processes, and their number of response tokens."""
     count = sum(gather(int(sum(s.extras["weight"].sum() for s in segments))))
-    scaled = [
-        dataclasses.replace(s, extras={**s.extras, "weight": s.extras["weight"] / count}) for s in segments
-    ]
+    scaled = [dataclasses.replace(s, extras={**s.extras, "weight": s.extras["weight"] / count}) for s in segments]
     return scaled, count
