@@ -104,6 +104,8 @@ def _beside(folder: epath.Path) -> tuple[epath.Path, epath.Path]:
 
 @contextmanager
 def _filling(folder: epath.Path) -> Iterator[None]:
+    if len(folder.parts) < 4:  # "/", "gs", the bucket's name: to clean up would be to empty it
+        raise UserError(f"{folder}: is a whole bucket; name a folder in it")
     if is_there(folder):
         raise UserError(f"{folder}: is already there, and a bucket knows no renaming; name a new folder, or remove that one")
     if folder.exists():

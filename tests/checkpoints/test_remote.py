@@ -67,6 +67,8 @@ def test_what_is_there_stays_and_what_is_left_over_goes(tmp_path, bucket):
         run(**there)
     with pytest.raises(UserError, match="gs://b/new: is already there, and a bucket knows no renaming"):
         save_hf(load_hf(tmp_path / "hf"), "gs://b/new")
+    with pytest.raises(UserError, match="gs://empty: is a whole bucket; name a folder in it"):
+        run(**there | {"target": "gs://empty"})
     assert files(tmp_path / "buckets") == ["b/new/thesis.txt"]
     (foreign.parent / PARTIAL).write_text("")  # now it is what a killed conversion left
     run(**there, verify=True)
