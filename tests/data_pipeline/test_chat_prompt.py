@@ -167,3 +167,4 @@ def test_the_pads_are_those_of_the_model():
     config: Qwen25VLConfig = digits.model().config
     names = digits.encoder().tokenizer.convert_ids_to_tokens([config.image_token_id, config.video_token_id])
     assert names == ["<|image_pad|>", "<|video_pad|>"]
+    assert digits.encoder().placeholder_ids == {config.image_token_id, config.video_token_id}
