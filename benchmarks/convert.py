@@ -35,7 +35,7 @@ _SHARD = flags.DEFINE_string("shard", "1GB", "shard limit")
 _FOLDER = flags.DEFINE_string("folder", None, "where to write, about three times the largest checkpoint; by default /tmp")
 
 STEP = "training step to HF"
-TINY = Qwen25VLConfig(TextConfig(256, 32, 64, 1, 4, 2, (1, 1, 2)), VisionConfig(32, 64, 1, 2, (0,)), 1, 2, 3, 4)
+TINY = Qwen25VLConfig(TextConfig(512, 32, 64, 1, 4, 2, (1, 1, 2)), VisionConfig(32, 64, 1, 2, (0,)), 1, 2, 3, 4)
 
 
 def config(layers: int) -> Qwen25VLConfig:
