@@ -132,6 +132,11 @@ def _parse(argv: list[str], config_optional: bool, workdir_optional: bool) -> tu
         raise UserError(f"command line: {reason[:300]} (ares_jax/config.py documents every field)") from None
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; every setting is a --flag=value")
+    if "://" in (_WORKDIR.value or ""):
+        raise UserError(
+            f"--workdir={_WORKDIR.value}: a run needs a folder, to append to and rename in; mount the bucket with gcsfuse "
+            "and name the folder (docs/pods.md)"
+        )
     if config_optional and _CONFIG.value is None:
         return None, Path(_WORKDIR.value) if _WORKDIR.value else None
     if _CONFIG.value is None:

@@ -71,7 +71,7 @@ def default_config() -> ConfigDict:
     d.workers = 0  # processes that read and preprocess; 0: threads of the command itself
     d.prefetch = 64  # prompts read ahead
     d.vocab_size = 448  # of the BPE tokenizer that the digits task trains on its own text
-    d.min_pixels, d.max_pixels = 262_144, 4_194_304  # an image is scaled to between these (paper, section 5)
+    d.min_pixels, d.max_pixels = 262_144, 4_194_304  # of an image or a video's frame once scaled (paper, section 5)
 
     s = c.sampler = ConfigDict()
     s.url = ""  # address of a running `ares_jax.serve`; empty: the command starts one as its own process

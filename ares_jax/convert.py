@@ -3,22 +3,33 @@
     python -m ares_jax.convert --from=hf --to=orbax --source=Qwen2.5-VL-3B --target=orbax_3b [--verify]
     python -m ares_jax.convert --config=configs/digits_cpu.py --workdir=runs/digits [--stage=aepo] [--step=best]
 
-Memory does not grow with the model: a shard at most, and a few tensors.
+Memory does not grow with the model: a shard at most, and a few tensors. --source and --target may be in a bucket (gs://).
 """
 
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
 from ares_jax import cli
-from ares_jax.checkpoints.folders import copy_side_files, is_remote, read_json, replacing
+from ares_jax.checkpoints.folders import (
+    copy_side_files,
+    is_remote,
+    is_there,
+    open_folder,
+    read_json,
+    recover,
+    replacing,
+    staged,
+)
 from ares_jax.checkpoints.huggingface import HFFolder, write_config, write_hf
-from ares_jax.checkpoints.orbax_params import PARAMS, OrbaxParams, open_converted, write_orbax
+from ares_jax.checkpoints.orbax_params import PARAMS, OrbaxParams, is_converted, open_converted, write_orbax
 from ares_jax.checkpoints.verify import verify
-from ares_jax.checkpoints.weights import ModelWeights, Weights
+from ares_jax.checkpoints.weights import Cast, ModelWeights, Weights
 from ares_jax.errors import UserError
 from ares_jax.metrics import stage
 from ares_jax.parallel.sharding import make_mesh
@@ -27,13 +38,18 @@ from ares_jax.workspace import STAGES, Workspace, open_workspace
 TOPICS = {
     "A folder": ("from", "to", "source", "target"),
     "Or a run": ("config", "workdir", "stage", "step"),
-    "What becomes of it": ("verify", "max_shard_size", "push_to"),
+    "What becomes of it": ("dtype", "verify", "max_shard_size", "push_to"),
 }
 
 _FROM = flags.DEFINE_enum("from", None, ["hf", "orbax"], "what --source is; without it, the run in --workdir is exported")
 _TO = flags.DEFINE_enum("to", None, ["hf", "orbax"], "what --target becomes")
 _SOURCE = flags.DEFINE_string("source", None, "folder to convert")
 _TARGET = flags.DEFINE_string("target", None, "folder to write; of a run, by default `export` in the workdir")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["bfloat16", "float32", "keep"],
+    "of the tensors written; keep: as they are stored. By default a folder's are kept, a run's are bfloat16 if that is its "
+    "model.dtype: a smaller file, and what it computes with"
+)  # fmt: skip
 _VERIFY = flags.DEFINE_bool(
     "verify", False, "compare every tensor afterwards; a --target that is already there is only compared"
 )
@@ -51,12 +67,14 @@ def main(config: ConfigDict | None, workdir: Path | None) -> None:
     jax.config.update("jax_platforms", "cpu")  # takes no accelerator away, and waits for no other host of a TPU slice
     if _PUSH.value and _TO.value == "orbax":
         raise UserError("--push_to uploads Hugging Face folders; use --to=hf")
+    if _PUSH.value and is_remote(_TARGET.value or ""):
+        raise UserError(f"--push_to uploads a local folder, not --target={_TARGET.value}; name a local --target")
     if config is not None and workdir is not None:
         if _FROM.value or _TO.value or _SOURCE.value:
             raise UserError(
                 "--from, --to and --source convert a folder, --config and --workdir a run: give one or the other"
             )
-        target = epath.Path(_TARGET.value or workdir / "export")
+        target = open_folder(_TARGET.value or workdir / "export")
         _export_run(config, workdir, target)
     elif workdir is not None:
         raise UserError("--config is missing; a run is exported with both --config and --workdir")
@@ -71,21 +89,25 @@ def _convert_folder() -> epath.Path:
         raise UserError(
             "give --from, --to, --source and --target to convert a folder, or --config and --workdir to export a run"
         )
-    source, target = epath.Path(_SOURCE.value), epath.Path(_TARGET.value)
-    there = target.exists() and any(target.iterdir())
+    source, target = open_folder(_SOURCE.value), open_folder(_TARGET.value)
+    recover(target)
+    there = is_there(target)
     if there and not _VERIFY.value:
         raise UserError(f"--target={target}: is already there; name a new folder, or --verify to compare it with the source")
-    weights = _OPEN[_FROM.value](source)
+    weights = _as(_DTYPE.value, _OPEN[_FROM.value](source))
     if not there:
+        original = read_json(source / "config.json") if isinstance(weights, Cast) else None
         with replacing(target) as folder:
+            if original:
+                write_config(folder, weights, original)
             copy_side_files(source, folder)
             if _TO.value == "hf":
-                _write_hf(weights, folder)
+                write_hf(weights, folder, _SHARD.value)
             else:
                 write_orbax(weights, folder)
         print(f"{source} converted to {target}")
     if _VERIFY.value:
-        _report(verify(weights, _OPEN[_TO.value](target)), target)
+        _report(verify(weights, _OPEN[_TO.value](target)), target, weights)
     return target
 
 
@@ -97,17 +119,20 @@ def _export_run(config: ConfigDict, workdir: Path, target: epath.Path) -> None:
     if not stages:
         raise UserError(f"{workdir}: no checkpoint to convert; run `python -m ares_jax.cold_start` first")
     weights, name = _stage_weights(workspace, stages[-1], _STEP.value)
+    half = config.model.dtype if config.model.dtype == "bfloat16" else None
+    weights = _as(_DTYPE.value or half, weights)
     with stage(workdir, "export"), replacing(target) as folder:
-        workspace.tokenizer.save_pretrained(folder)
-        workspace.encoder.image_processor.save_pretrained(folder)
+        with staged(folder) as local:
+            workspace.tokenizer.save_pretrained(local)
+            workspace.encoder.image_processor.save_pretrained(local)
         pretrained = epath.Path(config.model.pretrained) if config.model.pretrained else None
         write_config(folder, weights, read_json(pretrained / "config.json") if pretrained else None)
-        _write_hf(weights, folder)
-        for others in filter(None, (pretrained, target if target.exists() else None)):
+        write_hf(weights, folder, _SHARD.value)
+        for others in filter(None, (pretrained, target if folder != target and target.exists() else None)):
             copy_side_files(others, folder)
     print(f"{name} exported to {target}")
     if _VERIFY.value:
-        _report(verify(weights, HFFolder(target)), target)
+        _report(verify(weights, HFFolder(target)), target, weights)
 
 
 def _stage_weights(workspace: Workspace, name: str, which: str) -> tuple[Weights, str]:
@@ -115,7 +140,7 @@ def _stage_weights(workspace: Workspace, name: str, which: str) -> tuple[Weights
     checkpoints = workspace.checkpoints(name)
     steps = checkpoints.steps()
     if not steps:
-        return ModelWeights(workspace.load(name)), name  # the base model; another stage has nothing, which `load` says
+        return _base_weights(workspace, name), name
     choices = {"latest": steps[-1], "best": checkpoints.best(), **{str(step): step for step in steps}}
     if (step := choices.get(which)) is None:
         there = ", ".join(map(str, steps))
@@ -124,10 +149,17 @@ def _stage_weights(workspace: Workspace, name: str, which: str) -> tuple[Weights
     return OrbaxParams(folder, workspace.model.config, lora=workspace.model.lora), f"{name} step {step}"
 
 
-def _write_hf(weights: Weights, folder: epath.Path) -> None:
-    if is_remote(folder):
-        raise UserError(f"--target={folder}: safetensors are written to a local folder only; copy it there afterwards")
-    write_hf(weights, folder, _SHARD.value)
+def _base_weights(workspace: Workspace, name: str) -> Weights:
+    """Returns the weights before any training, in the run's type. Of another stage there are none, which `load` says."""
+    m = workspace.config.model
+    if name != "base" or not m.pretrained or workspace.config.cold_start.warmup_steps:
+        return ModelWeights(workspace.load(name))
+    return _as(m.param_dtype, (open_converted if is_converted(m.pretrained) else HFFolder)(m.pretrained))
+
+
+def _as(dtype: str | None, weights: Weights) -> Weights:
+    """Returns the weights in a type (None or "keep": their own)."""
+    return weights if dtype in (None, "keep") else Cast(weights, np.dtype(jnp.dtype(dtype)))
 
 
 def _push(folder: epath.Path, repository: str) -> None:
@@ -146,8 +178,9 @@ def _push(folder: epath.Path, repository: str) -> None:
     print(f"uploaded to {url}")
 
 
-def _report(count: int, target: epath.Path) -> None:
-    print(f"verified: {count} tensors of {target} are the source's, bit for bit")
+def _report(count: int, target: epath.Path, weights: Weights) -> None:
+    rounded = f" in {weights.dtype}" if isinstance(weights, Cast) else ""
+    print(f"verified: {count} tensors of {target} are the source's{rounded}, bit for bit")
 
 
 if __name__ == "__main__":

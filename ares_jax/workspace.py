@@ -15,6 +15,7 @@ from jaxtyping import Bool, Shaped
 from ml_collections import ConfigDict
 
 from ares_jax.aepo.trigger_words import WORDS, read_words, trigger_mask
+from ares_jax.checkpoints.folders import is_remote
 from ares_jax.checkpoints.huggingface import load_hf, read_config
 from ares_jax.checkpoints.manager import Checkpoints
 from ares_jax.checkpoints.orbax_params import is_converted, load_orbax
@@ -95,13 +96,14 @@ class Workspace:
     def pack(self, segments: Sequence[Segment]) -> list[dict[str, Shaped[np.ndarray, "B ..."]]]:
         """Returns micro-batches of this process's segments: its own rows of each, shaped as every other process's.
 
-        Raises `UserError` if the rows cannot be split among processes.
+        Raises `UserError` if the rows cannot be split among processes, `DataError` as `pack` does.
         """
         p, mesh, processes = self.config.packing, self.placement.mesh, jax.process_count()
         parts, rows = row_count(0, mesh.shape), row_count(p.rows, mesh.shape)
         return pack(
             segments, rows=share_of(rows, "packing.rows", processes), row_tokens=p.row_tokens, row_patches=p.row_patches,
             halvings=p.halvings, parts=-(-parts // processes), gather=gather,
+            placeholder_ids=self.encoder.placeholder_ids,
         )  # fmt: skip
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -245,6 +247,11 @@ def open_workspace(
     if m.shape and not m.pretrained:
         raise UserError(
             f"model.shape={m.shape} has no weights; name the folder of the checkpoint with --config.model.pretrained="
+        )
+    if is_remote(m.pretrained):
+        raise UserError(
+            f"model.pretrained={m.pretrained}: a run reads it from a folder; copy it with `python -m ares_jax.convert "
+            "--from=hf --to=hf`, or mount the bucket with gcsfuse (docs/pods.md)"
         )
     if is_first() and not read_only:
         save_config(config, folder)

@@ -26,7 +26,7 @@ def to_data_url(image: UInt8[np.ndarray, "H W 3"]) -> str:
 
 
 def decode_image(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns the RGB pixels of an encoded image. Raises `DataError` if Pillow cannot read all of it."""
+    """Returns the RGB pixels of an encoded image, as `on_white` does. Raises `DataError` if Pillow cannot read all of it."""
     return decode_frames(data, limit=1)[0]
 
 
@@ -34,7 +34,7 @@ def decode_frames(data: bytes, *, limit: int | None = None) -> UInt8[np.ndarray,
     """Returns the frames (the first `limit`) of an encoded image: GIF, WebP and PNG may be animated. Raises `DataError`."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return np.stack([np.asarray(frame.convert("RGB")) for frame in islice(ImageSequence.Iterator(image), limit)])
+            return np.stack([on_white(frame) for frame in islice(ImageSequence.Iterator(image), limit)])
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files: struct.error, IndexError, ...
         raise DataError(f"not a readable image ({error})") from None
 
@@ -107,6 +107,13 @@ def data_url_bytes(url: str) -> bytes:
         return base64.b64decode(payload, validate=True)
     except ValueError as error:  # binascii.Error, or characters beyond ASCII
         raise DataError(f"bad image data URL: {error}") from None
+
+
+def on_white(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+    """Returns the RGB pixels of an opened image; what is transparent shows white, as transformers' processors have it."""
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return np.asarray(image.convert("RGB"))
 
 
 def _rgb(pixels: np.ndarray) -> UInt8[np.ndarray, "H W 3"]:

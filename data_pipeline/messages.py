@@ -6,6 +6,7 @@ from functools import cache
 import jinja2
 
 from data_pipeline.errors import DataError
+from data_pipeline.placeholders import problem_sizes
 from data_pipeline.problems import Problem
 
 _PLACEHOLDER = re.compile("<(image|video)>")
@@ -27,8 +28,8 @@ def message_parts(problem: Problem, format_prompt: str = "") -> list[dict[str, s
     for kind, given in (("image", problem.images), ("video", problem.videos)):
         if places.count(kind) != len(given):
             raise DataError(
-                f"problem {problem.problem_id}: {places.count(kind)} <{kind}> in the text for {len(given)} {kind}s; "
-                "it needs one each, or none at all"
+                f"problem {problem.problem_id}: {places.count(kind)} <{kind}> in the text for "
+                f"{problem_sizes(problem, kind)}; it needs one each, or none at all"
             )
     parts = _PLACEHOLDER.split(text)  # text, kind, text, kind, ..., text
     return [{"type": part} if number % 2 else {"type": "text", "text": part} for number, part in enumerate(parts) if part]

@@ -4,14 +4,15 @@ Two budgets at once: tokens and pixel patches of a row. Trees are cut between le
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from data_pipeline.errors import DataError
+from data_pipeline.placeholders import grid_sizes, vision_spans
 from data_pipeline.prompts import Prompt
 from data_pipeline.row_plan import Part, plan_rows
 from data_pipeline.vision_layout import vision_layout
@@ -30,6 +31,7 @@ class Segment:
     patches: Float[np.ndarray, "P 1176"]
     grid_thw: Int[np.ndarray, "I 3"]
     extras: Mapping[str, Shaped[np.ndarray, "T"]] = field(default_factory=dict)
+    problem_id: str = "?"  # for errors
 
 
 def response_segment(
@@ -44,6 +46,7 @@ def response_segment(
         prompt.patches,
         prompt.grid_thw,
         {name: np.concatenate([np.zeros(tokens, value.dtype), value]) for name, value in extras.items()},
+        prompt.problem_id,
     )
 
 
@@ -68,6 +71,7 @@ def pack(
     halvings: int = 0,
     parts: int = 1,
     gather: Callable[[Any], list[Any]] = _alone,
+    placeholder_ids: Collection[int] | None = None,
 ) -> list[dict[str, Shaped[np.ndarray, "B ..."]]]:
     """Returns micro-batches that hold every segment once: full ones, then at most one of each smaller shape of `shapes`.
 
@@ -81,10 +85,14 @@ def pack(
         leads to its leaves; other extras are then 0 at what another row has, too.
       parts: into how many the rows are split, one a device.
       gather: returns what each process gave, to all: they then get micro-batches of the same shapes.
+      placeholder_ids: the tokens that the model gives features to, counted in every segment; without it, nobody counts.
 
     Raises:
-      DataError: a segment, or a leaf of one, is larger than a row.
+      DataError: a segment, or a leaf of one, is larger than a row, or its placeholders do not match its features.
     """
+    if placeholder_ids is not None:
+        for segment in segments:
+            check_placeholders(segment, placeholder_ids)
     sizes, patches = [leaf_runs(s) for s in segments], [len(s.patches) for s in segments]
     for index, (size, count) in enumerate(zip(sizes, patches, strict=True)):
         longest = int(np.diagonal(size, 1).max())
@@ -97,6 +105,17 @@ def pack(
     chosen, plan = plan_batches(sizes, patches, choices, gather)
     filled = iter([[_run(segments[i], start, stop) for i, start, stop in row] for row in plan])
     return [_fill(list(itertools.islice(filled, s.rows)), s, segments[0].extras) for s in chosen]
+
+
+def check_placeholders(segment: Segment, placeholder_ids: Collection[int]) -> None:
+    """Raises `DataError`, naming problem, sizes and both counts, unless each image has its placeholders, and no other is
+    there: a response that drew one would give every later segment of its row another's features."""
+    vision_spans(segment.token_ids, segment.grid_thw, placeholder_ids, problem_id=segment.problem_id)
+    if (patches := int(segment.grid_thw.prod(axis=1).sum())) != len(segment.patches):
+        raise DataError(
+            f"problem {segment.problem_id}: {len(segment.patches)} image patches for {grid_sizes(segment.grid_thw)}, which "
+            f"have {patches}; encode text and images together"
+        )
 
 
 def plan_batches(
@@ -184,7 +203,7 @@ def _run(segment: Segment, start: int, stop: int) -> Segment:
     owned = first[old] >= start
     extras = {name: np.where(owned, value[old], 0).astype(value.dtype) for name, value in segment.extras.items()}
     extras |= {name: value.astype(np.int32) for name, value in zip(TREE_EXTRAS, tree, strict=True)}
-    return Segment(segment.token_ids[old], segment.positions[:, old], segment.patches, segment.grid_thw, extras)
+    return replace(segment, token_ids=segment.token_ids[old], positions=segment.positions[:, old], extras=extras)
 
 
 def _fill(plan: list[list[Segment]], shape: Shape, extras: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int, UInt8
 from data_pipeline.errors import DataError, OverlongError
 from data_pipeline.messages import message_parts, rendered
 from data_pipeline.mrope import mrope_positions
+from data_pipeline.placeholders import problem_sizes
 from data_pipeline.problems import Problem
 from data_pipeline.videos import video_patches
 
@@ -98,11 +99,19 @@ class PromptEncoder:
             token_ids, patches, grid_thw, positions, rope_delta,
         )  # fmt: skip
 
-    def encode_response(self, response: str) -> Int[np.ndarray, "N"]:
+    @property
+    def placeholder_ids(self) -> set[int]:
+        """The tokens that stand for image and video features."""
+        return {self._image_pad, self._video_pad}
+
+    def encode_response(self, response: str, problem_id: str = "?") -> Int[np.ndarray, "N"]:
         """Returns the tokens of a response, the end-of-turn token included. Raises `DataError` if it draws an image."""
         token_ids = np.append(self._encode(response), np.int32(self.tokenizer.eos_token_id))
         if places := int(self._is_placeholder(token_ids).sum()):
-            raise DataError(f"response {response[:40]!r}: {places} image tokens for 0 image features; take them out of it")
+            raise DataError(
+                f"problem {problem_id}: {places} image tokens in the response {response[:40]!r} for 0 image features of its "
+                "own; take them out of it"
+            )
         return token_ids
 
     def _encode(self, text: str) -> Int[np.ndarray, "N"]:
@@ -142,7 +151,7 @@ class PromptEncoder:
         except OverlongError:
             raise
         except ValueError as error:  # a strip that no scaling brings between the limits
-            raise DataError(f"problem {problem.problem_id}: images of {_sizes(problem)}: {error}; crop them") from None
+            raise DataError(f"problem {problem.problem_id}: {problem_sizes(problem)}: {error}; crop them") from None
         return np.concatenate(patches), np.concatenate(grids), np.array(seconds, np.float32)
 
     def _expand(self, token_ids, grid_thw, kinds: Sequence[str], problem: Problem):
@@ -152,14 +161,9 @@ class PromptEncoder:
         expected = [self._image_pad if kind == "image" else self._video_pad for kind in kinds]
         if token_ids[is_placeholder].tolist() != expected:
             raise DataError(
-                f"problem {problem.problem_id}: {int(is_placeholder.sum())} image placeholders for {len(expected)} images "
-                f"of {_sizes(problem)}; an image placeholder must not stand in the question's text"
+                f"problem {problem.problem_id}: {int(is_placeholder.sum())} image placeholders for "
+                f"{problem_sizes(problem)}; an image placeholder must not stand in the question's text"
             )
         repeats = np.ones(len(token_ids), int)
         repeats[is_placeholder] = counts
         return np.repeat(token_ids, repeats)
-
-
-def _sizes(problem: Problem) -> str:
-    sizes = [image.shape[:2] for image in problem.images] + [video.shape[1:3] for video in problem.videos]
-    return f"sizes {sizes} (height, width)"

@@ -76,5 +76,6 @@ def _segment(prompt, responses, owners, extras, walk: list[tuple[int, int]]) -> 
     after = np.broadcast_to(length + depth[length:] + prompt.rope_delta, (3, size - length))
     positions = np.concatenate([prompt.positions, after], axis=1).astype(np.int32)
     return Segment(
-        tokens, positions, prompt.patches, prompt.grid_thw, values | dict(zip(TREE_EXTRAS, (back, first, last), strict=True))
-    )
+        tokens, positions, prompt.patches, prompt.grid_thw,
+        values | dict(zip(TREE_EXTRAS, (back, first, last), strict=True)), prompt.problem_id,
+    )  # fmt: skip

@@ -57,7 +57,7 @@ def test_the_extra_for_tests_is_the_file_for_tests():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     lines = [line.split("#")[0].strip() for line in (ROOT / "requirements-test.txt").read_text().splitlines()]
     assert extras["test"] == [line for line in lines if line and not line.startswith("-")]
-    assert set(extras) == {"tpu", "cuda", "eval", "test"}
+    assert set(extras) == {"tpu", "cuda", "gcs", "eval", "test"}
 
 
 def requirements(name):

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from ares_jax.checkpoints.folders import INDEX, copy_side_files, is_remote, read_json, replacing
+from ares_jax.checkpoints.folders import INDEX, copy_side_files, open_folder, read_json, replacing, staged
 from ares_jax.checkpoints.names import EMBEDDING, HEAD
+from ares_jax.checkpoints.tensor_file import TensorFile
 from ares_jax.checkpoints.weights import WORKERS, Entry, ModelWeights, Weights
 from ares_jax.errors import UserError
 from ares_jax.models.params import to_flat, with_params
@@ -28,8 +29,6 @@ from ares_jax.parallel.distributed import put
 from ares_jax.parallel.sharding import param_shardings
 
 SHARD_BYTES = 5_000_000_000  # the Hub's own default
-_DTYPES = {name: np.dtype(dtype) for name, dtype in
-           {"F32": np.float32, "BF16": jnp.bfloat16, "F16": np.float16, "F64": np.float64}.items()}  # fmt: skip
 
 
 def load_hf(path: str | Path, *, mesh: jax.sharding.Mesh | None = None, dtype: jnp.dtype | None = None) -> Qwen25VL:
@@ -60,18 +59,18 @@ def load_hf(path: str | Path, *, mesh: jax.sharding.Mesh | None = None, dtype: j
 
 def read_config(folder: str | Path) -> Qwen25VLConfig:
     """Returns the shape of the model in a Hugging Face folder."""
-    return Qwen25VLConfig.from_hf(read_json(epath.Path(folder) / "config.json"))
+    return Qwen25VLConfig.from_hf(read_json(open_folder(folder) / "config.json"))
 
 
 def save_hf(model: Qwen25VL, path: str | Path) -> None:
     """Writes `config.json` and safetensors that `transformers` loads. Whole or not at all: an existing folder is kept
     until the new one is complete, and its other files (tokenizer, preprocessor) stay."""
-    folder = epath.Path(path)
+    folder = open_folder(path)
     with replacing(folder) as temporary:
         weights = ModelWeights(model)
         write_hf(weights, temporary)
         write_config(temporary, weights)
-        if folder.exists():
+        if folder != temporary and folder.exists():
             copy_side_files(folder, temporary)
 
 
@@ -79,25 +78,17 @@ class HFFolder(Weights):
     """The tensors of a Hugging Face folder. Nothing is mapped into memory: a tensor is there while its reader holds it."""
 
     def __init__(self, path: str | Path):
-        folder = epath.Path(path)
-        if is_remote(folder):
-            raise UserError(f"{path}: safetensors are read from a local folder only; copy it here first")
-        config = read_config(path)
-        files, index = _files(Path(path))
-        self._open: dict[str, safe_open] = {}
+        folder = open_folder(path)
+        config = read_config(folder)
+        files, index = _files(folder)
+        self._open: dict[str, TensorFile] = {}
         entries: dict[str, Entry] = {}
         for file in files:
-            try:
-                opened = self._open[file.name] = safe_open(file, framework="np", backend="pread")
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{file}: cannot be read ({error}); the file is truncated, copy it again") from None
-            for name in opened.offset_keys():
-                part = opened.get_slice(name)
+            opened = self._open[file.name] = TensorFile(file)
+            for name, part in opened.parts.items():
                 if name in entries:
                     raise UserError(f"{folder}: tensor {name} is in {entries[name].file} and {file.name}; remove one")
-                if part.get_dtype() not in _DTYPES:
-                    raise UserError(f"{file}: tensor {name} is {part.get_dtype()}; only {', '.join(_DTYPES)} are read")
-                entries[name] = Entry(tuple(part.get_shape()), _DTYPES[part.get_dtype()], file.name)
+                entries[name] = Entry(part.shape, part.dtype, file.name)
         for name in index.get("weight_map", {}):
             if name not in entries:
                 raise UserError(f"{folder}: tensor {name} is missing, though the index lists it; copy the folder again")
@@ -107,16 +98,16 @@ class HFFolder(Weights):
 
     def read(self, name: str) -> np.ndarray:
         try:
-            return self._open[self._file(name)].get_tensor(name)
+            return self._open[self._file(name)].read(name)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self.where}: tensor {name} cannot be read ({error}); copy the file again") from None
 
     def _check_tied(self, head: str, embedding: str) -> None:
-        a, b = (self._open[self._file(name)].get_slice(name) for name in (head, embedding))
+        a, b = (self._open[self._file(name)] for name in (head, embedding))
         rows = self.entries[head].shape[0]
         for row in range(0, rows, 4096):
             end = min(row + 4096, rows)
-            left, right = a[row:end], b[row:end]
+            left, right = a.rows(head, row, end), b.rows(embedding, row, end)
             if left.dtype != right.dtype or left.tobytes() != right.tobytes():
                 raise UserError(
                     f"{self.where}: {head} differs from {embedding}, yet config.json ties them; "
@@ -138,10 +129,11 @@ def write_hf(weights: Weights, folder: epath.Path, max_shard_size: int | str | N
         with ThreadPoolExecutor(WORKERS) as pool:
             tensors = dict(zip(names, pool.map(weights.read, names), strict=True))
         try:
-            save_file(tensors, folder / file, {"format": "pt"})
+            with staged(folder) as local:
+                save_file(tensors, local / file, {"format": "pt"})
+                del tensors  # before the next shard is read
         except SafetensorError as error:  # a full disk, most likely
             raise OSError(str(error)) from error
-        del tensors  # before the next shard is read
     metadata = weights.index_metadata if max_shard_size is None else None
     files = _shards(weights.entries, max_shard_size)
     if metadata is not None or len(files) > 1:
@@ -163,21 +155,22 @@ def write_config(folder: epath.Path, weights: Weights, original: dict[str, Any] 
     (folder / "config.json").write_text(json.dumps({**config, **nested, key: dtype}, indent=2) + "\n")
 
 
-def _files(folder: Path) -> tuple[list[Path], dict[str, Any]]:
+def _files(folder: epath.Path) -> tuple[list[epath.Path], dict[str, Any]]:
     """Returns the files that make up the checkpoint, and the index if it has one, as `transformers` chooses them."""
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"], {}
-    files = {file.name: file for file in sorted(folder.glob("*.safetensors"))}
-    if (folder / INDEX).is_file():
-        index = read_json(epath.Path(folder / INDEX))
+    found = {file.name: file for file in sorted(folder.iterdir())}
+    if "model.safetensors" in found:
+        return [found["model.safetensors"]], {}
+    files = {name: file for name, file in found.items() if file.suffix == ".safetensors"}
+    if INDEX in found:
+        index = read_json(found[INDEX])
         listed = list(dict.fromkeys(index.get("weight_map", {}).values()))
         if lost := [name for name in listed if name not in files]:
             raise UserError(f"{folder}: shard {lost[0]} is listed in the index but not there; download it again")
         return [files[name] for name in listed], index
     if not files:
-        pickles = [file.name for suffix in ("*.bin", "*.pt", "*.pth") for file in sorted(folder.glob(suffix))]
-        found = f", only {pickles[0]}, a pickle, which is never opened" if pickles else ""
-        raise UserError(f"{folder}: no .safetensors file{found}; save the checkpoint with safe_serialization=True")
+        pickles = [name for suffix in (".bin", ".pt", ".pth") for name in found if name.endswith(suffix)]
+        pickle = f", only {pickles[0]}, a pickle, which is never opened" if pickles else ""
+        raise UserError(f"{folder}: no .safetensors file{pickle}; save the checkpoint with safe_serialization=True")
     return list(files.values()), {}
 
 

@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from ares_jax.checkpoints.checksums import checksums
+from ares_jax.checkpoints.folders import reason
 from ares_jax.checkpoints.orbax_params import layer_axes
 from ares_jax.errors import UserError
 
@@ -105,7 +106,7 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=parts)
         except Exception as error:
-            raise self._unreadable(step, _reason(error)) from error
+            raise self._unreadable(step, reason(error)) from error
 
     def _verify(self, step: int, restored, *parts: str) -> None:
         for part in parts:
@@ -128,12 +129,8 @@ class Checkpoints:
             if self._whole is not None:
                 last = f"step {self._whole} is whole, and the same command resumes from it"
             raise UserError(
-                f"{self.folder}: a checkpoint cannot be written ({_reason(error)}); make room or allow writing there; {last}"
+                f"{self.folder}: a checkpoint cannot be written ({reason(error)}); make room or allow writing there; {last}"
             ) from error
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
 def _score(metrics: Mapping[str, float]) -> float:

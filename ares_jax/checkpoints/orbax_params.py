@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from ares_jax.checkpoints.folders import DESCRIPTION, read_json
+from ares_jax.checkpoints.folders import DESCRIPTION, absolute, open_folder, read_json, reason
 from ares_jax.checkpoints.huggingface import read_config
 from ares_jax.checkpoints.names import Slot, slots
 from ares_jax.checkpoints.weights import WORKERS, Budget, Entry, Weights
@@ -59,7 +59,7 @@ class OrbaxParams(Weights):
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
         except Exception as error:
-            raise UserError(f"{folder}: no readable Orbax parameters ({_reason(error)}); convert or train again") from error
+            raise UserError(f"{folder}: no readable Orbax parameters ({reason(error)}); convert or train again") from error
         table = slots(config)
         if described is None:
             entries = {name: Entry(slot.shape, found[slot.ours].dtype) for name, slot in table.items()}
@@ -79,7 +79,7 @@ class OrbaxParams(Weights):
             for block, part in _parts(store if slot.layer is None else store[slot.layer]):
                 ours[block] = self._merged(slot, block, part.read().result())
         except Exception as error:
-            raise UserError(f"{self.where}: tensor {name} cannot be read ({_reason(error)}); copy it again") from error
+            raise UserError(f"{self.where}: tensor {name} cannot be read ({reason(error)}); copy it again") from error
         return value
 
     def _merged(self, slot: Slot, block: tuple[slice, ...], chunk: np.ndarray) -> np.ndarray:
@@ -94,18 +94,21 @@ class OrbaxParams(Weights):
 
 def open_converted(path: str | Path) -> OrbaxParams:
     """Returns the weights of a folder that `write_orbax` made. Raises `UserError` if it is none, or not complete."""
-    folder = epath.Path(path)
-    if not is_converted(folder):
+    folder = open_folder(path)
+    if not (folder / DESCRIPTION).exists():
         raise UserError(f"{path}: no {DESCRIPTION} in it; give a folder made by --to=orbax (and copied whole)")
     return OrbaxParams(folder / PARAMS, read_config(path), read_json(folder / DESCRIPTION))
 
 
 def is_converted(path: str | Path) -> bool:
-    return (epath.Path(path) / DESCRIPTION).exists()
+    return (open_folder(path) / DESCRIPTION).exists()
 
 
 def load_orbax(path: str | Path, *, mesh: jax.sharding.Mesh | None = None, dtype: jnp.dtype | None = None) -> Qwen25VL:
-    """Returns the model of a converted folder; the arguments are those of `load_hf`. Each device reads its own part."""
+    """Returns the model of a converted folder; the arguments are those of `load_hf`. Each device reads its own part.
+
+    Raises `UserError` if it is none, or a tensor is damaged; it is named.
+    """
     weights = open_converted(path)
     storage = np.dtype(dtype or next(iter(weights.entries.values())).dtype)
     template = abstract_model(weights.config, dtype=dtype or jnp.float32, param_dtype=storage)
@@ -116,7 +119,15 @@ def load_orbax(path: str | Path, *, mesh: jax.sharding.Mesh | None = None, dtype
         for name, value in to_flat(template).items()
     }
     with ocp.StandardCheckpointer() as checkpointer:
-        return with_params(template, checkpointer.restore((epath.Path(path) / PARAMS).absolute(), target))
+        try:
+            flat = checkpointer.restore(absolute(open_folder(path) / PARAMS), target)
+        except jax.errors.JaxRuntimeError:  # no memory
+            raise
+        except Exception as error:
+            for name in weights.entries:  # Orbax does not say which: whoever reads it does
+                weights.read(name)
+            raise UserError(f"{path}: cannot be read ({reason(error)}); copy it again") from error
+    return with_params(template, flat)
 
 
 def write_orbax(weights: Weights, folder: epath.Path) -> None:
@@ -132,7 +143,7 @@ def write_orbax(weights: Weights, folder: epath.Path) -> None:
         registry = ocp.type_handlers.create_type_handler_registry((_Streamed, _StreamHandler(pool)), arrays)
         checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry))
         arguments = ocp.args.PyTreeSave(leaves, save_args)
-        saving = saver.submit(checkpointer.save, (folder / PARAMS).absolute(), args=arguments)
+        saving = saver.submit(checkpointer.save, absolute(folder / PARAMS), args=arguments)
         try:
             saving.result()
         except BaseException as error:  # an interrupt, too: then the leaves stop, and nobody writes after this block
@@ -187,7 +198,7 @@ class _Streamed:
                     for block, part in _parts(store if slot.layer is None else store[slot.layer]):
                         part.write(value[block].astype(self.dtype)).result()
                 except Exception as error:  # tensorstore calls a full disk a ValueError
-                    self.errors.append(OSError(_reason(error)) if isinstance(error, ValueError) else error)
+                    self.errors.append(OSError(reason(error)) if isinstance(error, ValueError) else error)
 
 
 class _StreamHandler(ocp.type_handlers.NumpyHandler):
@@ -224,10 +235,6 @@ def _parts(store: ts.TensorStore) -> Iterator[tuple[tuple[slice, ...], ts.Tensor
 
 
 def _open(folder: epath.Path, name: str, context: ts.Context) -> ts.TensorStore:
-    info = ocp.type_handlers.ParamInfo(name=name, parent_dir=folder.absolute(), ts_context=context)
+    info = ocp.type_handlers.ParamInfo(name=name, parent_dir=absolute(folder), ts_context=context)
     spec = ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=True)
     return ts.open(ts.Spec(spec), open=True, read=True, context=context).result()
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -4,7 +4,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -109,3 +109,19 @@ class ModelWeights(Weights):
         slot = self.slots[name]
         value = self._flat[slot.ours]
         return slot.to_theirs(np.asarray(value if slot.layer is None else value[slot.layer]))
+
+
+class Cast(Weights):
+    """The same tensors stored in another type: rounded to the nearest number of it where it is narrower."""
+
+    def __init__(self, weights: Weights, dtype: np.dtype):
+        self._weights, self.dtype = weights, dtype
+        entries = {name: replace(entry, dtype=dtype) for name, entry in weights.entries.items()}
+        # Without the metadata of the old shards: they hold the size.
+        super().__init__(weights.where, weights.config, entries)
+
+    def budget(self) -> Budget:
+        return self._weights.budget()
+
+    def read(self, name: str) -> np.ndarray:
+        return self._weights.read(name).astype(self.dtype, copy=False)

@@ -109,7 +109,7 @@ def _warm_up(workspace: Workspace) -> int:
                 "cold_start.warmup_steps=0"
             )
         trace = derive_seed(seed, "warm-up", problem.problem_id) % len(problem.responses)
-        prompt, response = encoder(problem), encoder.encode_response(problem.responses[trace])
+        prompt, response = encoder(problem), encoder.encode_response(problem.responses[trace], problem.problem_id)
         if (size := len(prompt.token_ids) + len(response)) > (most := workspace.config.packing.row_tokens):
             raise OverlongError(f"problem {problem.problem_id}: {size} tokens of prompt and trace, at most {most} fit")
         return example(prompt, response)
@@ -127,7 +127,8 @@ def _fine_tune(workspace: Workspace, selected: list[tuple[int, str, int]]) -> in
 
     def teach(choice: tuple[int, str, int]):
         index, trace, difficulty = choice
-        return example(encoder(problems[index]), encoder.encode_response(trace), c.kl.weight[difficulty])
+        prompt = encoder(problems[index])
+        return example(prompt, encoder.encode_response(trace, prompt.problem_id), c.kl.weight[difficulty])
 
     batches = workspace.stream(selected, teach, seed=workspace.config.seed, batch_size=c.batch_size)
     return fine_tune(

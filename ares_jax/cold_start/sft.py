@@ -5,6 +5,7 @@ difficulty weighs. The penalty is the estimator on the *teacher's* tokens: zero 
 not moved, but no unbiased KL, for which the tokens would have to be the policy's own.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -158,8 +159,5 @@ def fine_tune(
 def normalized(segments: Sequence[Segment]) -> tuple[list[Segment], int]:
     """Returns the segments with weights that sum to 1 over those of all processes, and their number of response tokens."""
     count = sum(gather(int(sum(s.extras["weight"].sum() for s in segments))))
-    scaled = [
-        Segment(s.token_ids, s.positions, s.patches, s.grid_thw, {**s.extras, "weight": s.extras["weight"] / count})
-        for s in segments
-    ]
+    scaled = [dataclasses.replace(s, extras={**s.extras, "weight": s.extras["weight"] / count}) for s in segments]
     return scaled, count

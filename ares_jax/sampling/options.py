@@ -7,7 +7,7 @@ from ares_jax.errors import UserError
 from ares_jax.models.qwen2_5_vl import Qwen25VLConfig
 from ares_jax.sampling.trajectory import RolloutRequest
 from data_pipeline.errors import DataError
-from data_pipeline.placeholders import vision_spans
+from data_pipeline.placeholders import grid_sizes, vision_spans
 
 LOWEST_TEMPERATURE = 1e-4  # but for 0: logits divided by less may overflow
 
@@ -88,7 +88,10 @@ def check_request(request: RolloutRequest, options: EngineOptions, model: Qwen25
             f"0 to {model.text.vocab_size - 1}; encode the prompt with its tokenizer"
         )
     if (patches := int(request.grid_thw.prod(axis=1).sum())) != len(request.patches):
-        raise UserError(f"problem {request.problem_id}: {len(request.patches)} image patches, grid_thw says {patches}")
+        raise UserError(
+            f"problem {request.problem_id}: {len(request.patches)} image patches for {grid_sizes(request.grid_thw)}, which "
+            f"have {patches}; encode text and images together"
+        )
     placeholders = {model.image_token_id, model.video_token_id}
     try:
         vision_spans(request.token_ids, request.grid_thw, placeholders, problem_id=request.problem_id)

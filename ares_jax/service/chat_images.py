@@ -11,7 +11,7 @@ from PIL import Image
 
 from ares_jax.service.chat import RefusedError
 from data_pipeline.errors import DataError
-from data_pipeline.images import data_url_bytes
+from data_pipeline.images import data_url_bytes, on_white
 
 _FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")  # Pillow's others start programs (EPS) or are seldom tested
 _TIMEOUT = 10.0  # seconds for one image from a host
@@ -48,7 +48,7 @@ def decode_all(encoded: Sequence[bytes], *, max_pixels: int) -> list[UInt8[np.nd
             raise RefusedError(
                 413, f"images of {pixels} pixels, the limit is {max_pixels}; scale them down", field="messages"
             )
-        return [np.asarray(image.convert("RGB")) for image in opened]
+        return [on_white(image) for image in opened]
     except RefusedError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files

@@ -1,5 +1,6 @@
 """The conversion command: bit for bit both ways, everything carried over, every fault named, nothing half-written."""
 
+import gc
 import json
 import os
 import re
@@ -7,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
+from unittest.mock import create_autospec
 
 import jax
 import jax.numpy as jnp
@@ -16,26 +19,30 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 from etils import epath
+from huggingface_hub import CommitInfo, HfApi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from ares_jax import convert
 from ares_jax.checkpoints import load_hf, load_orbax, save_hf
+from ares_jax.checkpoints.folders import replacing
 from ares_jax.checkpoints.huggingface import HFFolder
 from ares_jax.checkpoints.manager import Checkpoints
 from ares_jax.checkpoints.names import EMBEDDING, HEAD, slots
 from ares_jax.checkpoints.orbax_params import OrbaxParams, open_converted, write_orbax
+from ares_jax.checkpoints.tensor_file import TensorFile
 from ares_jax.checkpoints.verify import verify
 from ares_jax.checkpoints.weights import Budget
 from ares_jax.errors import UserError
 from ares_jax.models.params import to_flat
 from ares_jax.models.qwen2_5_vl import Qwen25VLConfig, TextConfig, VisionConfig
 from ares_jax.parallel.sharding import make_mesh
-from ares_jax.workspace import open_workspace
+from ares_jax.workspace import Workspace, open_workspace
 from configs import digits_cpu
 
 CONFIG = Qwen25VLConfig(TextConfig(40, 16, 24, 3, 4, 2, (1, 0, 1)), VisionConfig(8, 12, 2, 2, (1,)), 1, 2, 3, 4)
+ROOT = Path(__file__).parents[2]
 SIDE_FILES = ("tokenizer.json", "preprocessor_config.json", "generation_config.json", "chat_template.jinja", "LICENSE")
 
 
@@ -169,7 +176,12 @@ FAULTS = {
         f, **{UP.replace("language_model.", ""): np.ones((24, 16), np.float32)}
     ),
     "tensor model.extra is I64; only F32": lambda f: edit(f, **{"model.extra": np.ones(2, np.int64)}),
-    "model.safetensors: cannot be read .*truncated": lambda f: os.truncate(f / "model.safetensors", 5000),
+    r"model.safetensors: cannot be read \(a header of .* in a file of 5,000\); it is truncated": lambda f: os.truncate(
+        f / "model.safetensors", 5000
+    ),
+    rf"model.safetensors: cannot be read \(truncated at byte [\d,]+: tensor {UP} ends at [\d,]+\)": lambda f: os.truncate(
+        f / "model.safetensors", TensorFile(epath.Path(f / "model.safetensors")).parts[UP].end - 1
+    ),
     "lm_head.weight differs from .*set tie_word_embeddings": lambda f: edit(f, **{HEAD: np.ones((40, 16), np.float32)}),
     "no .safetensors file, only pytorch_model.bin, a pickle, which is never opened": lambda f: (
         f / "model.safetensors"
@@ -248,10 +260,11 @@ def test_a_damaged_orbax_folder_is_named(tmp_path):
         run(**{"from": "orbax"}, to="hf", source=str(tmp_path / "orbax"), target=str(tmp_path / "back"))
     for file in (tmp_path / "orbax" / "params").rglob("d/*"):
         os.truncate(file, 10)
-    weights = None
     with pytest.raises(UserError, match="cannot be read|no readable"):
         weights = open_converted(tmp_path / "orbax")
         weights.read(UP)
+    with pytest.raises(UserError, match="cannot be read|no readable"):
+        load_orbax(tmp_path / "orbax")
     description.unlink()
     with pytest.raises(UserError, match="no huggingface.json in it"):
         open_converted(tmp_path / "orbax")
@@ -331,6 +344,122 @@ def test_any_training_checkpoint_is_exported(workdir, tmp_path, chosen, expected
     assert ("model.safetensors.index.json" in names) == ("max_shard_size" in chosen)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_chunk_that_is_damaged_is_named_by_its_tensor(tmp_path):
+    """What lists the chunks is whole, so the folder opens; the chunks are cut short."""
+    make_hf(tmp_path / "hf", dtype=np.float32)
+    run(**{"from": "hf"}, to="orbax", source=str(tmp_path / "hf"), target=str(tmp_path / "orbax"))
+    for data in (tmp_path / "orbax" / "params" / "ocdbt.process_0" / "d").iterdir():
+        os.truncate(data, 10)
+    open_converted(tmp_path / "orbax")
+    with pytest.raises(UserError, match=r"params: tensor [\w.]+\.(weight|bias) cannot be read \(.*\); copy it again"):
+        load_orbax(tmp_path / "orbax")
+    gc.collect()  # Orbax leaves the reads of other arrays pending
+
+
+@pytest.mark.parametrize("stored, computed, chosen, written", [
+    ("float32", "bfloat16", {}, "bfloat16"),  # as the configs of 3B and 7B
+    ("float32", "bfloat16", {"dtype": "keep", "max_shard_size": "100KB"}, "float32"),
+    ("float32", "float32", {"dtype": "bfloat16", "max_shard_size": "100KB"}, "bfloat16"),
+    ("bfloat16", "float32", {}, "bfloat16"),
+])  # fmt: skip
+def test_a_run_is_written_in_the_type_it_computes_in(workdir, tmp_path, capsys, stored, computed, chosen, written):
+    folder, config, params = workdir
+    other = config.copy_and_resolve_references()
+    other.model.dtype = computed
+    if stored == "bfloat16":  # of which there is a run, too
+        shutil.copytree(folder, tmp_path / "run")
+        folder = tmp_path / "run"
+        shutil.rmtree(folder / "checkpoints" / "aepo")
+        manager = Checkpoints(folder / "checkpoints" / "aepo")
+        manager.save(7, {n: v.astype(jnp.bfloat16) for n, v in params["aepo", 7].items()}, {"m": jnp.zeros(2)}, {})
+        manager.close()
+    with flagsaver.flagsaver(**chosen, target=str(tmp_path / "export"), verify=True):
+        convert.main(other, folder)
+    assert ("are the source's in bfloat16, bit" in capsys.readouterr().out) == (stored != written)
+    assert json.loads((tmp_path / "export" / "config.json").read_text())["dtype"] == written
+    for name, value in to_flat(load_hf(tmp_path / "export")).items():
+        assert value.dtype == jnp.dtype(written)
+        np.testing.assert_array_equal(value, params["aepo", 7][name].astype(written), err_msg=name)
+    if "max_shard_size" in chosen:
+        index = json.loads((tmp_path / "export" / "model.safetensors.index.json").read_text())
+        sizes = [load_file(file).values() for file in (tmp_path / "export").glob("*.safetensors")]
+        assert index["metadata"]["total_size"] == sum(tensor.nbytes for part in sizes for tensor in part)
+    flipped = next((tmp_path / "export").glob("*.safetensors"))
+    flipped.write_bytes(flipped.read_bytes()[:-1] + b"\x17")
+    with flagsaver.flagsaver(**chosen), pytest.raises(UserError, match="tensor .* differs, first at"):
+        weights, _ = convert._stage_weights(open_workspace(other, folder, read_only=True), "aepo", "7")
+        verify(convert._as(written, weights), HFFolder(tmp_path / "export"))
+
+
+@pytest.mark.parametrize("to", ["hf", "orbax"])
+def test_a_folder_is_converted_into_another_type(tmp_path, to):
+    tensors = make_hf(tmp_path / "hf", dtype=np.float16, shards=3)
+    flags_ = {"from": "hf", "to": to, "source": str(tmp_path / "hf"), "target": str(tmp_path / "new"), "verify": True}
+    run(**flags_, dtype="float32")
+    found = (HFFolder if to == "hf" else open_converted)(tmp_path / "new")
+    assert set(found.entries) == set(tensors)
+    for name, value in tensors.items():
+        assert found.entries[name].dtype == np.float32
+        np.testing.assert_array_equal(found.read(name), value.astype(np.float32))
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert config["torch_dtype"] == "float32" and config["own"] == [1]
+    with pytest.raises(UserError, match="tensor .* differs: float16 .* and float32"):
+        run(**flags_)
+    if to == "hf":
+        index = json.loads((tmp_path / "new" / "model.safetensors.index.json").read_text())
+        assert index["metadata"] == {"total_size": sum(2 * value.nbytes for value in tensors.values())}
+
+
+KILLED = """
+import os, sys
+from etils import epath
+from ares_jax.checkpoints.folders import replacing
+kind = type(epath.Path("x"))
+rename, count = kind.rename, 0
+def dying(self, target):
+    global count
+    count += 1
+    if count == int(sys.argv[2]):
+        os.kill(os.getpid(), 9)
+    return rename(self, target)
+kind.rename = dying
+with replacing(epath.Path(sys.argv[1])) as folder:
+    (folder / "new").write_text("whole")
+"""
+
+
+@pytest.mark.parametrize("at, left", [(1, "old"), (2, "new")])
+def test_a_kill_at_either_renaming_loses_nothing(tmp_path, at, left):
+    """Before the first the old folder stands; between the two none does, and the next run puts the new one there."""
+    folder = epath.Path(tmp_path / "export")
+    folder.mkdir()
+    (folder / "old").write_text("whole")
+    done = subprocess.run([sys.executable, "-c", KILLED, folder, str(at)], cwd=ROOT)
+    assert done.returncode == -9 and folder.exists() == (at == 1)
+    with pytest.raises(ZeroDivisionError), replacing(folder):
+        raise ZeroDivisionError  # a next run that comes to nothing
+    assert [file.name for file in folder.iterdir()] == [left]
+    assert [p.name for p in tmp_path.iterdir()] == ["export"]
+
+
+def test_an_error_at_the_second_renaming_brings_the_old_folder_back(tmp_path, monkeypatch):
+    folder = epath.Path(tmp_path / "export")
+    folder.mkdir()
+    (folder / "old").write_text("whole")
+    real = type(folder).rename
+
+    def rename(self, target):
+        if self.name.endswith(".partial"):
+            raise OSError(5, "Input/output error")
+        return real(self, target)
+
+    monkeypatch.setattr(type(folder), "rename", rename)
+    with pytest.raises(UserError, match="export: cannot be written .Input/output error"), replacing(folder) as new:
+        (new / "new").write_text("whole")
+    assert [file.name for file in folder.iterdir()] == ["old"] and [p.name for p in tmp_path.iterdir()] == ["export"]
+
+
 def test_a_run_of_a_larger_mesh_is_exported_by_one_device_and_stays_as_it_is(tmp_path, workdir):
     folder, config, _ = workdir
     before = (folder / "config.json").read_text()
@@ -343,7 +472,7 @@ def test_a_run_of_a_larger_mesh_is_exported_by_one_device_and_stays_as_it_is(tmp
     assert (folder / "config.json").read_text() == before
 
 
-def test_a_run_from_pretrained_weights_keeps_their_files(tmp_path, workdir):
+def test_a_run_from_pretrained_weights_keeps_their_files(tmp_path, workdir, monkeypatch):
     folder, config, _ = workdir
     with flagsaver.flagsaver(target=str(tmp_path / "base")):
         convert.main(config, folder)
@@ -354,6 +483,7 @@ def test_a_run_from_pretrained_weights_keeps_their_files(tmp_path, workdir):
         tuned.model.pretrained, tuned.model.param_dtype = str(tmp_path / pretrained), "bfloat16"
         tuned.cold_start.warmup_steps = 0
         (tmp_path / f"run_{pretrained}").mkdir()
+        monkeypatch.setattr(Workspace, "load", lambda *_: pytest.fail("the whole model in memory"))
         with flagsaver.flagsaver(stage="base", verify=True):
             convert.main(tuned, tmp_path / f"run_{pretrained}")
         export = tmp_path / f"run_{pretrained}" / "export"
@@ -419,24 +549,19 @@ def test_a_step_that_is_not_there(workdir):
 
 
 def test_push(tmp_path, monkeypatch):
-    calls = []
-
-    class Hub:
-        def create_repo(self, repository, **_):
-            calls.append(repository)
-            if repository == "me/refused":
-                raise OSError("no token")
-
-        def upload_folder(self, *, repo_id, folder_path, **_):
-            calls.append((repo_id, sorted(p.name for p in epath.Path(folder_path).iterdir())))
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    hub = create_autospec(HfApi, instance=True)
+    hub.upload_folder.return_value = CommitInfo("https://huggingface.co/me/model/commit/1", "m", "d", "1")
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
     make_hf(tmp_path / "hf")
     flags_ = {"from": "hf", "to": "hf", "source": str(tmp_path / "hf")}
     run(**flags_, target=str(tmp_path / "a"), push_to="me/model")
-    assert calls == ["me/model", ("me/model", sorted(["config.json", "model.safetensors", *SIDE_FILES]))]
+    hub.create_repo.assert_called_once_with("me/model", exist_ok=True, private=True)
+    (given,) = hub.upload_folder.call_args_list
+    assert given.kwargs["repo_id"] == "me/model" and os.fspath(given.kwargs["folder_path"]) == str(tmp_path / "a")
+    hub.create_repo.side_effect = OSError("no token")
     with pytest.raises(UserError, match="me/refused: no token; the folder .* is complete"):
         run(**flags_, target=str(tmp_path / "b"), push_to="me/refused")
+    assert hub.upload_folder.call_count == 1
 
 
 def test_save_hf_is_whole_or_not_at_all(tmp_path, monkeypatch):

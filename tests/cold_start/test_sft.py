@@ -16,6 +16,7 @@ from ares_jax.parallel.sharding import make_mesh
 from ares_jax.training import abstract_state, make_optimizer, trainable
 from ares_jax.workspace import open_workspace
 from configs.digits_cpu import get_config
+from data_pipeline.errors import DataError
 from tests import digits as tiny
 
 
@@ -69,6 +70,16 @@ def test_an_example_carries_its_brackets_weight_on_the_response_alone():
     (scaled, other), count = normalized([segment, example(prompt, np.arange(3, dtype=np.int32))])
     assert count == 8 and scaled.extras["weight"].sum() + other.extras["weight"].sum() == pytest.approx(1.0)
     assert scaled.extras["kl_weight"][-1] == pytest.approx(0.3) and not other.extras["kl_weight"].any()
+
+
+def test_a_trace_that_draws_an_image_is_named_before_anything_runs(tmp_path):
+    workspace = open_workspace(get_config(), tmp_path, mesh=make_mesh(devices=jax.devices()[:1]))
+    prompt = workspace.encoder(workspace.problems("train")[0])
+    drawn = max(workspace.encoder.placeholder_ids)
+    good, bad = (example(prompt, np.array(tokens, np.int32)) for tokens in ([5, 6], [5, drawn]))
+    assert workspace.pack(normalized([good])[0])[0]["tokens"].any()
+    with pytest.raises(DataError, match=f"problem {prompt.problem_id}: .* image tokens for .* of .* images of sizes"):
+        workspace.pack(normalized([good, bad])[0])
 
 
 class Told:

@@ -21,6 +21,85 @@ NUMBERED = (  # as published checkpoints do on request: another text around the 
 )
 
 
+# What the published checkpoints' template does: a system turn of its own where the chat begins with another, a text or parts
+# in a turn, and on request (`add_vision_id`) a number before every image and video, counted through the whole chat.
+PUBLISHED = """\
+{%- set seen = namespace(image=0, video=0) -%}
+{%- for turn in messages -%}
+  {%- if loop.first and turn.role != "system" -%}
+    {{ "<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n" }}
+  {%- endif -%}
+  {{ "<|im_start|>" ~ turn.role ~ "\\n" }}
+  {%- if turn.content is string -%}
+    {{ turn.content }}
+  {%- else -%}
+    {%- for part in turn.content -%}
+      {%- if part.type == "image" or "image" in part or "image_url" in part -%}
+        {%- set seen.image = seen.image + 1 -%}
+        {{ "Picture " ~ seen.image ~ ": " if add_vision_id else "" }}{{ "<|vision_start|><|image_pad|><|vision_end|>" }}
+      {%- elif part.type == "video" or "video" in part -%}
+        {%- set seen.video = seen.video + 1 -%}
+        {{ "Video " ~ seen.video ~ ": " if add_vision_id else "" }}{{ "<|vision_start|><|video_pad|><|vision_end|>" }}
+      {%- elif "text" in part -%}
+        {{ part.text }}
+      {%- endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+  {{ "<|im_end|>\\n" }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{ "<|im_start|>assistant\\n" }}
+{%- endif -%}"""
+
+
+def text(words):
+    return {"type": "text", "text": words}
+
+
+IMAGE, CLIP = {"type": "image"}, {"type": "video"}
+CHATS = {
+    "a question alone": [{"role": "user", "content": [text("What is 3 + 4?")]}],
+    "a system turn": [{"role": "system", "content": [text("Add.")]}, {"role": "user", "content": [IMAGE, text("So?")]}],
+    "images in several turns": [
+        {"role": "user", "content": [text("In "), IMAGE, text(" and\n"), IMAGE, text("?")]},
+        {"role": "assistant", "content": [text("<think>3</think>7")]},
+        {"role": "user", "content": [CLIP, IMAGE, text(" Größe?")]},
+    ],
+    "a last turn of images": [
+        {"role": "system", "content": [text("")]},
+        {"role": "user", "content": [text("Look:")]},
+        {"role": "assistant", "content": [text("Where?")]},
+        {"role": "user", "content": [IMAGE, IMAGE, IMAGE, CLIP]},
+    ],
+}
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+@pytest.mark.parametrize("name", CHATS)
+def test_a_chat_through_the_published_template(name, numbered):
+    chat, tokenizer = CHATS[name], copy.deepcopy(digits.encoder().tokenizer)
+    tokenizer.chat_template = ("{% set add_vision_id = true %}" if numbered else "") + PUBLISHED
+    encoder = PromptEncoder(tokenizer, digits.encoder().image_processor)
+    kinds = [part["type"] for turn in chat for part in turn["content"]]
+    asked = problem("", IMAGES[: kinds.count("image")], (VIDEO,) * kinds.count("video"))
+    prompt = encoder.encode_chat(chat, asked)
+    # The tokenizer's own, with each placeholder as often as its image has features.
+    merged = iter((prompt.grid_thw.prod(axis=1) // 4).tolist())
+    pads = set(tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"]))
+    plain = tokenizer.apply_chat_template(chat, tokenize=True, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert prompt.token_ids.tolist() == [i for token in plain for i in [token] * (next(merged) if token in pads else 1)]
+    assert next(merged, None) is None and int(prompt.grid_thw.prod(axis=1).sum()) == len(prompt.patches)
+    written = tokenizer.decode(plain)
+    assert written.endswith("<|im_end|>\n<|im_start|>assistant\n") and written.count("<|im_start|>system\n") == 1
+    assert ("You are a helpful assistant." in written) == (chat[0]["role"] != "system")
+    assert ("Picture 1: <|vision_start|><|image_pad|><|vision_end|>" in written) == (numbered and "image" in kinds)
+    if name == "images in several turns":
+        first, second, third = ("Picture 1: ", "Picture 2: ", "Video 1: ") if numbered else ("", "", "")
+        image = "<|vision_start|><|image_pad|><|vision_end|>"
+        assert f"user\nIn {first}{image} and\n{second}{image}?<|im_end|>\n<|im_start|>assistant\n<think>" in written
+        assert f"<|im_start|>user\n{third}{image.replace('image', 'video')}" in written
+
+
 def problem(question="What is 3 + 4?", images=IMAGES, videos=(VIDEO,)):
     return Problem("p1", "s", "easy", question, images, "7", videos=videos)
 
@@ -67,13 +146,13 @@ def test_the_tokenizers_own_template_token_by_token(template, question, images, 
 
 @pytest.mark.parametrize("pad", ["<|image_pad|>", "<|video_pad|>"])
 def test_a_placeholder_in_the_text_is_named_with_problem_sizes_and_both_counts(pad):
-    sizes = r"\[\(28, 56\), \(84, 84\), \(28, 28\), \(56, 28\)\]"
+    sizes = r"28x56, 84x84, 28x28, 56x28 \(5 frames\) \(height x width\)"
     with pytest.raises(DataError, match=f"problem p1: 5 image placeholders for 4 images of sizes {sizes}"):
         digits.encoder()(problem(f"What is {pad}?"))
     with pytest.raises(DataError, match="problem p1: 1 image placeholders for 0 images"):
         digits.encoder()(problem(f"What is {pad}?", (), ()))
-    with pytest.raises(DataError, match="2 image tokens for 0 image features"):
-        digits.encoder().encode_response(f"<think> {pad}{pad}")
+    with pytest.raises(DataError, match="problem p1: 2 image tokens in the response '<think> .*' for 0 image features"):
+        digits.encoder().encode_response(f"<think> {pad}{pad}", "p1")
 
 
 def test_a_template_without_placeholders_is_no_silent_loss_of_images():
@@ -88,3 +167,4 @@ def test_the_pads_are_those_of_the_model():
     config: Qwen25VLConfig = digits.model().config
     names = digits.encoder().tokenizer.convert_ids_to_tokens([config.image_token_id, config.video_token_id])
     assert names == ["<|image_pad|>", "<|video_pad|>"]
+    assert digits.encoder().placeholder_ids == {config.image_token_id, config.video_token_id}

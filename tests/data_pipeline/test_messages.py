@@ -60,10 +60,11 @@ def test_videos_keep_their_place_among_images():
 @pytest.mark.parametrize(
     "question, images, message",
     [
-        ("<image> <image>", (A,), "2 <image> in the text for 1 images"),
+        ("<image> <image>", (A,), r"2 <image> in the text for 1 images of sizes 56x28 .*; it needs one each"),
         ("<image>", (), "1 <image> in the text for 0 images"),
         ("<video>", (A,), "0 <image> in the text for 1 images"),
-        ("What is <|image_pad|>?", (A,), "2 image placeholders for 1 images"),
+        ("<image> <video>", (A,), "1 <video> in the text for 0 videos"),
+        ("What is <|image_pad|>?", (A, B), "3 image placeholders for 2 images of sizes 56x28, 56x56"),
         ("long", (np.zeros((2, 2000, 3), np.uint8),), "aspect ratio"),
     ],
 )

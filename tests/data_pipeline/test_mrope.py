@@ -27,16 +27,22 @@ class _Positions(torch.nn.Module):
 
 
 def random_prompt(rng):
-    """Returns tokens, grids and seconds per grid (0: an image) of text with up to three images and videos."""
-    tokens, grids, seconds = rng.integers(0, 90, rng.integers(1, 6)).tolist(), [], []
+    """Returns tokens, grids and seconds per grid (0: an image) of text with up to three images and videos.
+
+    Text may be missing at either end and between an image and a video; two of a kind have a token between them, as
+    transformers takes what stands together for one.
+    """
+    tokens, grids, seconds = rng.integers(0, 90, rng.integers(0, 6)).tolist(), [], []
     for _ in range(rng.integers(0, 4)):
         h, w = (2 * rng.integers(1, 9, 2)).tolist()
         is_video = rng.random() < 0.5
         t = int(rng.integers(1, 7)) if is_video else 1
         grids.append((t, h, w))
         seconds.append(2 / rng.choice([0.5, 1, 2, 3, 12, 23.976, 24, 30, rng.uniform(0.1, 60)]) if is_video else 0)
-        tokens += [VIDEO if is_video else IMAGE] * (t * h * w // 4) + rng.integers(0, 90, rng.integers(1, 5)).tolist()
-    return np.array(tokens), np.array(grids, int).reshape(-1, 3), np.array(seconds, np.float32)
+        kind = VIDEO if is_video else IMAGE
+        tokens += [7] * (tokens[-1:] == [kind]) + [kind] * (t * h * w // 4)
+        tokens += rng.integers(0, 90, rng.integers(0, 4)).tolist()
+    return np.array(tokens or [7]), np.array(grids, int).reshape(-1, 3), np.array(seconds, np.float32)
 
 
 def their_positions(prompts, side, tokens_per_second):
@@ -61,7 +67,7 @@ def their_positions(prompts, side, tokens_per_second):
 
 def test_a_thousand_random_prompts():
     rng = np.random.default_rng(0)
-    count = kinds = 0
+    count = kinds = ends = 0
     while count < 1000:
         prompts = [random_prompt(rng) for _ in range(rng.integers(1, 5))]
         rate = int(rng.choice([2, 4, 25]))
@@ -74,7 +80,10 @@ def test_a_thousand_random_prompts():
             assert offset == delta
             count += 1
             kinds |= 1 << (2 * (IMAGE in tokens) + (VIDEO in tokens))
+            touching = bool(np.any(tokens[1:] + tokens[:-1] == IMAGE + VIDEO))
+            ends |= (tokens[0] >= IMAGE) + 2 * (tokens[-1] >= IMAGE) + 4 * touching
     assert kinds == 15  # text, images, videos and mixtures were among them
+    assert ends == 7  # and some that begin with one, end with one, or have two next to each other
 
 
 def test_a_video_without_seconds_has_a_grid_a_second_as_there():
@@ -110,7 +119,7 @@ def test_no_cut_and_no_extra_placeholder_goes_unnoticed(seed, data):
         ([1, IMAGE], [], "problem p3: 1 image tokens for 0 image features of 0 images"),
         ([IMAGE, 1, IMAGE], [[1, 2, 4]], "do not stand in one run an image"),
         ([IMAGE, VIDEO], [[1, 2, 4]], "do not stand in one run an image"),
-        ([VIDEO, 1], [[2, 2, 2]], r"1 image tokens for 2 image features of 1 images of sizes 28x28 \(2 frame pairs\)"),
+        ([VIDEO, 1], [[2, 2, 2]], r"1 image tokens for 2 image features of 1 images of sizes 28x28 \(4 frames\)"),
     ],
 )
 def test_a_mismatch_names_problem_sizes_and_both_counts(tokens, grids, message):

@@ -1,6 +1,7 @@
 """Packing on random segments and trees: every leaf is found again, whole and once, and no row holds more than it may."""
 
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ares_jax.models.qwen2_5_vl.attention import causal_mask
-from data_pipeline.packing import Segment, leaf_runs, pack, padding_share, shapes
+from data_pipeline.errors import DataError
+from data_pipeline.packing import Segment, leaf_runs, pack, padding_share, response_segment, shapes
 from data_pipeline.tree_segments import tree_segment
+
+PAD = 50  # an image token
 
 
 def image_prompt(tokens, images=0):
@@ -18,7 +22,7 @@ def image_prompt(tokens, images=0):
     return SimpleNamespace(
         token_ids=np.arange(100, 100 + tokens), patches=np.ones((4 * images, 1176), np.float32),
         grid_thw=np.array([[1, 2, 2]] * images, np.int32).reshape(-1, 3), positions=np.array([np.arange(tokens)] * 3),
-        rope_delta=7,
+        rope_delta=7, problem_id="p",
     )  # fmt: skip
 
 
@@ -175,6 +179,27 @@ def test_halves_have_fewer_rows_as_long_as_those_can_be_split():
     assert [s[:2] for s in shapes(8, 4096, 64, halvings=2, parts=1)] == [(8, 4096), (4, 4096), (2, 4096)]
     assert [s for s in shapes(8, 4096, 64, halvings=2, parts=4)] == [(8, 4096, 64), (4, 4096, 64), (4, 2048, 32)]
     assert [s for s in shapes(8, 4096, 64, halvings=1, parts=8)] == [(8, 4096, 64), (8, 2048, 32)]
+
+
+def test_an_image_token_that_a_leaf_drew_is_named_before_anything_is_packed():
+    def with_image(name, *leaves):
+        prompt = image_prompt(4, 1)
+        prompt.token_ids, prompt.problem_id = np.array([1, PAD, 2, 3]), name
+        responses = [np.array(leaf) for leaf in leaves]
+        branches = [0] + [2] * (len(leaves) - 1)
+        return tree_segment(prompt, responses, [-1] + [0] * (len(leaves) - 1), branches, [{}] * len(leaves))
+
+    size = {"rows": 1, "row_tokens": 16, "row_patches": 8, "placeholder_ids": {PAD, PAD + 1}}
+    good, bad = with_image("good", [4, 5, 6], [4, 5, 7]), with_image("bad", [4, 5, 6], [4, 5, PAD + 1], [4, 5, 8])
+    (batch,) = pack([good], **size)
+    assert (batch["tokens"] == PAD).sum() == 1 and good.problem_id == "good"
+    with pytest.raises(DataError, match="problem bad: 2 image tokens for 1 image features of 1 images of sizes 28x28"):
+        pack([good, bad], **size)
+    line = response_segment(image_prompt(4, 1), np.array([1, 2]), {})
+    with pytest.raises(DataError, match="problem p: 0 image tokens for 1 image features of 1 images of sizes 28x28"):
+        pack([line], **size)
+    with pytest.raises(DataError, match="problem good: 8 image patches for 1 images of sizes 28x28 .*, which have 4"):
+        pack([replace(good, patches=np.ones((8, 1176), np.float32))], **size)
 
 
 @pytest.mark.parametrize("tokens, images, size", [(50, 0, "50 tokens"), (4, 9, "36 patches")])

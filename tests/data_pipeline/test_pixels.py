@@ -1,5 +1,7 @@
 """Patches and grids equal transformers' image processor; video frames go through it in pairs."""
 
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -7,6 +9,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from data_pipeline.errors import DataError
+from data_pipeline.images import decode_image
 from data_pipeline.prompts import Problem, PromptEncoder
 from data_pipeline.tokenizer import load_processors, make_image_processor, save_processors
 from data_pipeline.videos import video_patches
@@ -40,6 +43,31 @@ def test_images_between_upstreams_limits(size):
     np.testing.assert_array_equal(prompt.patches, theirs["pixel_values"])
     np.testing.assert_array_equal(prompt.grid_thw, theirs["image_grid_thw"])
     assert LIMITS[0] <= prompt.grid_thw.prod() * 196 <= LIMITS[1]
+
+
+@pytest.mark.parametrize(
+    "mode, kind",
+    [("RGBA", "PNG"), ("LA", "PNG"), ("P", "PNG"), ("P", "GIF"), ("L", "PNG"), ("1", "PNG"), ("I;16", "PNG"),
+     ("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG")],
+)  # fmt: skip
+def test_images_in_every_mode_are_what_the_processor_makes_of_them(mode, kind):
+    pixels = picture(np.random.default_rng(6), 90, 130)
+    if mode == "I;16":
+        drawn = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    elif mode in ("RGBA", "LA"):
+        drawn = Image.fromarray(pixels).convert(mode)
+        drawn.putalpha(Image.fromarray(pixels[::-1, :, 1]))  # seen through, here and there
+    else:
+        drawn = Image.fromarray(pixels).convert(mode)
+    buffer = io.BytesIO()
+    drawn.save(buffer, format=kind)
+    opened = Image.open(buffer)
+    assert opened.mode == mode
+    prompt = encoder()(problem(images=(decode_image(buffer.getvalue()),)))
+    theirs = Qwen2VLImageProcessorPil(min_pixels=784, max_pixels=784 * 64)(opened, return_tensors="np")
+    np.testing.assert_array_equal(prompt.patches, theirs["pixel_values"])
+    np.testing.assert_array_equal(prompt.grid_thw, theirs["image_grid_thw"])
+    assert prompt.patches.std() > 0.1
 
 
 def test_several_images_keep_their_order():
@@ -97,7 +125,7 @@ def test_a_prompt_with_image_and_video_and_its_time():
 
 
 def test_bad_pictures_are_named():
-    with pytest.raises(DataError, match=r"problem p1: images of sizes \[\(1, 900\)\].*aspect ratio.*crop"):
+    with pytest.raises(DataError, match=r"problem p1: 1 images of sizes 1x900 \(height x width\): .*aspect ratio.*crop"):
         encoder()(problem(images=(picture(np.random.default_rng(0), 1, 900),)))
     video = np.zeros((2, 28, 28, 3), np.uint8)
     for rates in [(0.0,), (1.0, 1.0)]:

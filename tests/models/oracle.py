@@ -153,8 +153,8 @@ def torch_config(shape: Shape, *, text: dict | None = None, vision: dict | None 
     )  # fmt: skip
 
 
-def make_pair(folder, shape: Shape, *, noise: float = 0.1) -> Pair:
-    torch.manual_seed(0)
+def make_pair(folder, shape: Shape, *, noise: float = 0.1, seed: int = 0) -> Pair:
+    torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(torch_config(shape)).float().eval()
     with torch.no_grad():  # biases start at 0 and norms at 1: make every parameter matter
         for parameter in model.parameters():

@@ -115,17 +115,20 @@ def test_windows_of_an_image_leave_most_tiles_out():
 
 
 @pytest.mark.parametrize(
-    "kind, sizes",
+    "kind, sizes, counts, longest_dense",
     [
-        ("segments", {"fsdp": 2, "sequence": 4}),  # queries split, keys gathered
-        ("trees", {"fsdp": 2, "sequence": 2, "tensor": 2}),  # heads, too
-        ("trees", {"fsdp": 2, "tensor": 4}),  # two key/value heads, four parts: a copy each
-        ("groups", {"data": 1, "fsdp": 1, "tensor": 8}),  # four heads, eight parts: queries are split instead
+        ("segments", {"fsdp": 2, "sequence": 4}, (4, 2), 16),  # queries split, keys gathered
+        ("trees", {"fsdp": 2, "sequence": 2, "tensor": 2}, (4, 2), 16),  # heads, too
+        ("trees", {"fsdp": 2, "tensor": 4}, (4, 2), 16),  # two key/value heads, four parts: a copy each
+        ("groups", {"data": 1, "fsdp": 1, "tensor": 8}, (4, 2), 16),  # four heads, eight parts: queries are split instead
+        ("segments", {"fsdp": 1, "tensor": 8}, (28, 4), 16),  # 7B's heads: neither queries' nor a copy of each divides
+        ("segments", {"fsdp": 1, "tensor": 8}, (28, 4), 1024),  # the same, rows whole
+        ("trees", {"fsdp": 2, "tensor": 4}, (28, 4), 16),
     ],
 )
-def test_on_a_mesh_it_is_the_same(kind, sizes, monkeypatch):
-    monkeypatch.setattr(attention_file, "LONGEST_DENSE", 16)
-    arguments = kind, heads(24, rows=4), *packed(24, kind, rows=4)
+def test_on_a_mesh_it_is_the_same(kind, sizes, counts, longest_dense, monkeypatch):
+    monkeypatch.setattr(attention_file, "LONGEST_DENSE", longest_dense)
+    arguments = kind, heads(24, rows=4, heads=counts[0], kv_heads=counts[1]), *packed(24, kind, rows=4)
 
     def switched(query, key, value, ids, spans, causal):
         return self_attention(query, key, value, ids, spans, causal=causal)
@@ -133,6 +136,31 @@ def test_on_a_mesh_it_is_the_same(kind, sizes, monkeypatch):
     with jax.set_mesh(make_mesh(**sizes)):
         mine = pulled(switched, *arguments)
     assert_same(mine, pulled(dense, *arguments))
+
+
+@pytest.mark.parametrize("kind", ["segments", "trees", "groups"])
+def test_the_gpus_attention_has_the_same_mask_layout_and_scale(kind, monkeypatch):
+    """cuDNN's arguments, in the hands of the same function's XLA implementation."""
+    calls, real = [], jax.nn.dot_product_attention
+
+    def stand_in(*operands, implementation, **options):
+        calls.append(implementation)
+        return real(*operands, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    monkeypatch.setattr(attention_file, "platform", lambda: "gpu")
+
+    def switched(query, key, value, ids, spans, causal):
+        return self_attention(query, key, value, ids, spans, causal=causal)
+
+    operands = [x.astype(jnp.bfloat16) for x in heads(62, heads=6, seed=3)]
+    ids, spans = packed(62, kind, seed=3)
+    mine = pulled(switched, kind, operands, ids, spans)
+    assert calls == ["cudnn"]
+    exact = pulled(dense, kind, [x.astype(jnp.float32) for x in operands], ids, spans)
+    for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(exact), strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(a, np.float32), b, atol=0.01 * np.abs(b).max())
 
 
 def test_each_platform_has_its_attention():

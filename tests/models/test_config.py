@@ -1,7 +1,8 @@
 """`config.json`: missing fields mean what they mean to transformers, and what is not implemented is refused."""
 
 import pytest
-from transformers import Qwen2_5_VLConfig
+import torch
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from ares_jax.errors import UserError
 from ares_jax.models.params import count_parameters, to_flat
@@ -37,6 +38,23 @@ def test_the_named_shapes_are_the_published_ones():
     # `total_size` of the published safetensors indices, in bfloat16.
     for name, size in (("3b", 7_509_245_952), ("7b", 16_584_333_312)):
         assert 2 * count_parameters(to_flat(abstract_model(shapes.PUBLISHED[name]))) == size
+
+
+# hidden, intermediate, layers, heads, key/value heads, billions of parameters that the Hub shows
+@pytest.mark.parametrize("name, size", [("32b", (5120, 27_648, 64, 40, 8, 33.5)), ("72b", (8192, 29_568, 80, 64, 8, 73.4))])
+def test_the_larger_shapes_have_as_many_parameters_as_pytorchs(name, size):
+    hidden, inner, layers, heads, kv_heads, billions = size
+    vision = {**PUBLISHED["vision_config"], "out_hidden_size": hidden, "intermediate_size": 3456}
+    published = {
+        **PUBLISHED, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": 152_064, "tie_word_embeddings": False,
+        "vision_config": vision,
+    }  # fmt: skip
+    with torch.device("meta"):
+        theirs = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**published))
+    assert shapes.PUBLISHED[name] == Qwen25VLConfig.from_hf(published)
+    count = count_parameters(to_flat(abstract_model(shapes.PUBLISHED[name])))
+    assert count == sum(parameter.numel() for parameter in theirs.parameters()) and round(count / 1e9, 1) == billions
 
 
 def test_missing_fields_are_transformers_defaults():

@@ -9,14 +9,17 @@ from safetensors.numpy import load_file
 
 from ares_jax.checkpoints import save_hf
 from ares_jax.models.params import to_flat, with_params
+from tests import digits
 from tests.models.oracle import Shape, batch_of, examples, logits, make_pair
+
+WIDE = Shape(tied=False, heads=7, kv_heads=1, vision_layers=4, full_attention_layers=(1, 3))
 
 
 @pytest.mark.parametrize(
-    "shape, remat",
-    [(Shape(), "full"), (Shape(tied=False, heads=7, kv_heads=1, vision_layers=4, full_attention_layers=(1, 3)), "none")],
+    "shape, remat, blocks", [(Shape(), "full", False), (WIDE, "none", False), (WIDE, "none", True), (Shape(), "dots", True)]
 )
-def test_gradients_of_every_parameter(tmp_path, shape, remat):
+def test_gradients_of_every_parameter(tmp_path, monkeypatch, shape, remat, blocks):
+    tiles = digits.attend_in_blocks(monkeypatch, block=16) if blocks else set()
     pair, prompt = make_pair(tmp_path / "hf", shape), examples()["mixture"]
     rng, tokens = np.random.default_rng(2), prompt.tokens
     weight = rng.normal(size=len(tokens) - 1).astype(np.float32) * (rng.random(len(tokens) - 1) < 0.5)  # masked half
@@ -29,6 +32,7 @@ def test_gradients_of_every_parameter(tmp_path, shape, remat):
 
     # Gradients are shaped as parameters, so exporting them names and turns them as transformers has them.
     save_hf(with_params(template, jax.jit(jax.grad(loss))(to_flat(template))), tmp_path / "gradients")
+    assert len(tiles) == 2 * blocks  # text and images
     ours = load_file(tmp_path / "gradients" / "model.safetensors")
 
     log_probs = torch.log_softmax(pair.theirs(**prompt.for_torch()).logits[0], -1)[:-1]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from data_pipeline.packing import pack
+from tests import digits
 from tests.models.oracle import IMAGE, VIDEO, Pair, Shape, batch_of, examples, make_pair
 
 SHAPES = [
@@ -69,19 +70,35 @@ def test_packed_segments_give_what_pytorch_gives_each_alone(pair):
         np.testing.assert_allclose(packed[here], pair.their_logits(prompt), atol=BOUND, rtol=0)
 
 
-def test_bfloat16_is_as_near_to_float32_as_pytorchs_own(pair):
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2]], ids=["tied", "untied 7:1"])
+def test_bfloat16_is_within_the_spread_of_pytorchs_own(tmp_path, shape):
+    """Over several weights, the error against float32 is on average no larger than PyTorch's own (measured: 0.99 and 0.93 of
+    it), and no logit is further off than PyTorch's furthest."""
+    squares, largest = [], []
+    for seed in range(4):
+        pair, prompts = make_pair(tmp_path / str(seed), shape, seed=seed), list(examples(seed).values())
+        exact = [pair.their_logits(prompt) for prompt in prompts]
+        half = Pair(copy.deepcopy(pair.theirs).bfloat16(), pair.folder, jnp.bfloat16)
+        ours = [row[: len(e)] for row, e in zip(half.our_logits(batch_of(prompts)), exact, strict=True)]
+        theirs = [half.their_logits(prompt) for prompt in prompts]
+        errors = [np.concatenate([np.ravel(a - b) for a, b in zip(found, exact, strict=True)]) for found in (ours, theirs)]
+        squares.append([np.mean(error**2) for error in errors])
+        largest.append([np.abs(error).max() for error in errors])
+    mine, other = np.sqrt(np.mean(squares, axis=0))
+    assert mine <= other, (mine, other)
+    assert np.max(largest, axis=0)[0] <= np.max(largest, axis=0)[1], largest
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2]], ids=["tied", "untied 7:1"])
+def test_rows_that_are_attended_tile_by_tile(tmp_path, monkeypatch, shape):
+    """The path of long rows, text and images, whole: packed, so that most tiles are left out."""
+    shapes = digits.attend_in_blocks(monkeypatch, block=32)
+    pair = make_pair(tmp_path / "hf", shape)
     prompts = [*examples().values(), *examples(1).values()]
-    exact = [pair.their_logits(prompt) for prompt in prompts]
-    half = Pair(copy.deepcopy(pair.theirs).bfloat16(), pair.folder, jnp.bfloat16)
-    ours = half.our_logits(batch_of(prompts))
-    ours = [row[: len(expected)] for row, expected in zip(ours, exact, strict=True)]
-    theirs = [half.their_logits(prompt) for prompt in prompts]
-
-    def error(found):
-        return np.concatenate([np.ravel(a - b) for a, b in zip(found, exact, strict=True)])
-
-    def spread(x):
-        return np.sqrt(np.mean(x**2)), np.abs(x).max()
-
-    (mine, largest), (other, their_largest) = spread(error(ours)), spread(error(theirs))
-    assert mine < 1.05 * other and largest < 1.3 * their_largest, (mine, other, largest, their_largest)
+    segments = [prompt.segment(name=np.full(len(prompt.tokens), i)) for i, prompt in enumerate(prompts)]
+    (batch,) = pack(segments, row_tokens=256, row_patches=704, rows=5)
+    packed = pair.our_logits(batch)
+    assert shapes == {(256, 256), (704, 704)}
+    for number, prompt in enumerate(prompts):
+        here = (batch["segment_ids"] > 0) & (batch["name"] == number)
+        np.testing.assert_allclose(packed[here], pair.their_logits(prompt), atol=BOUND, rtol=0)
