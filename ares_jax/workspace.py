@@ -194,7 +194,7 @@ class Workspace:
         )  # fmt: skip
         return Engine(
             self.merged_model(params), options, eos_token_ids=[self.tokenizer.eos_token_id], banned=self.banned,
-            trigger_mask=self.trigger,
+            trigger_mask=self.trigger, token_bytes=tokenizer.token_bytes(self.tokenizer),
         )  # fmt: skip
 
     def own_engine(self) -> Engine:

@@ -133,10 +133,7 @@ async def _deltas(
                 response = responses[piece.leaf]
                 if response.finish_reason:
                     continue
-                delta = response.take(piece)
-                if response.finish_reason and not piece.finish_reason:  # a stop string
-                    worker.end_leaf(future, piece.leaf)
-                yield response, delta
+                yield response, response.take(piece)
     finally:
         worker.cancel(future)
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ares_jax.sampling.requests import rollout_request
 from ares_jax.sampling.trajectory import RolloutGroup, RolloutRequest, Trajectory
-from ares_jax.service.chat import Message
+from ares_jax.service.chat import Message, StopStrings
 from data_pipeline.prompts import Prompt
 
 VERSION_HEADER = "ares-policy-version"  # of an answer with rollouts: of the weights when they were asked for
@@ -43,6 +43,7 @@ class _Draw(BaseModel):
     top_p: float = Field(gt=0, le=1)
     top_k: int = Field(ge=0, lt=2**31)
     max_new_tokens: int = Field(ge=1, lt=2**31)
+    stop: StopStrings = []
 
 
 class GroupModel(_Draw):
@@ -130,7 +131,7 @@ def decode_request(model: GroupModel) -> RolloutRequest:
     if (grid > patches).any() or int(grid.prod(axis=1, dtype=np.int64).sum()) != patches:
         raise ValueError(f"grid_thw counts other than the {patches} patches given")
     value["tau_high"] = math.inf if value["tau_high"] is None else value["tau_high"]
-    return RolloutRequest(**value)
+    return RolloutRequest(**{**value, "stop": tuple(model.stop)})
 
 
 def encode_group(group: RolloutGroup) -> dict[str, Any]:

@@ -28,7 +28,6 @@ class EngineLike(Protocol):
     def check(self, request: RolloutRequest) -> None: ...
     def submit(self, request: RolloutRequest) -> int: ...
     def drawn(self, number: int, seen: Mapping[int, int]) -> list[Piece]: ...
-    def end_leaf(self, number: int, index: int) -> None: ...
     def cancel(self, number: int) -> None: ...
     def step(self) -> list[tuple[int, RolloutGroup]]: ...
     def load_weights(self, flat: Mapping[str, Any], version: int, *, finish: bool = False) -> None: ...
@@ -109,16 +108,6 @@ class Worker:
                 self._engine.cancel(number)
 
         self._commands.put(forget)
-
-    def end_leaf(self, future: Future, index: int) -> None:
-        """Draws no more of one leaf of a watched group."""
-
-        def end():
-            number = self._numbers.get(future)
-            if number is not None and number in self._watches:
-                self._engine.end_leaf(number, index)
-
-        self._commands.put(end)
 
     def weight_specs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
         """Returns shape, type and placement of every parameter."""
