@@ -1,4 +1,4 @@
-"""Stop strings: which token of a response completes one. They are looked for in bytes: a character may take several tokens."""
+"""Stop strings: which token completes one. They are looked for in bytes: a character may take several tokens."""
 
 from collections.abc import Sequence
 

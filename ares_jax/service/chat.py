@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import jinja2
 import numpy as np
 from jaxtyping import UInt8
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator
 
 from ares_jax.sampling.options import LOWEST_TEMPERATURE
 from ares_jax.sampling.requests import rollout_request
@@ -68,7 +68,13 @@ class TextPart(_Model):
 
 class Message(_Model):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] = Field(None, validate_default=True)
+    tool_calls: list[Any] | None = Field(None, max_length=0)  # clients send empty ones back; there are no others
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _nothing_was_said(cls, content: Any, others: ValidationInfo) -> Any:
+        return "" if content is None and others.data.get("role") == "assistant" else content
 
 
 def image_urls(messages: Sequence[Message]) -> list[str]:
