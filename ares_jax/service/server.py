@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 from etils import epath
@@ -187,6 +188,20 @@ async def _lines(worker: Worker, futures: Sequence[Future], places: contextlib.E
                 worker.cancel(futures[index])
 
 
+class _Server(uvicorn.Server):
+    """Drains at a signal. uvicorn's own way closes the door at once, and raises the signal again when it is done: the
+    process would not end with 0."""
+
+    def __init__(self, settings: uvicorn.Config, drain: Drain):
+        super().__init__(settings)
+        self._drain = drain
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._drain.begun and sig == signal.SIGINT:  # Ctrl-C once more
+            self.should_exit = self.force_exit = True
+        self._drain.begin()
+
+
 def run_server(
     make_engine: Callable[[], EngineLike], *, host: str, port: int, model_name: str, ready_file: Path | None = None,
     make_chat_format: Callable[[], ChatFormat] | None = None, image_hosts: Sequence[str] = (),
@@ -220,10 +235,10 @@ def run_server(
             worker, model_name=model_name, token=token, chat_format=chat_format, image_hosts=image_hosts,
             weight_roots=weight_roots, shared=shared, transfers=transfers,
         )  # fmt: skip
-        # No proxy's headers: weights are fetched from where a request comes from, not from where it says that it does.
         drain = Drain(app)
+        # No proxy's headers: weights are fetched from where a request comes from, not from where it says that it does.
         settings = uvicorn.Config(drain, log_level="warning", timeout_graceful_shutdown=_CUT, proxy_headers=False)
-        server = uvicorn.Server(settings)
+        server = _Server(settings, drain)
 
         async def serve():
             running = asyncio.create_task(server.serve(sockets=[listener]))
@@ -238,15 +253,7 @@ def run_server(
             server.should_exit = True
             await running
 
-        def end(number: int, frame: object) -> None:
-            if drain.begun and number == signal.SIGINT:  # Ctrl-C once more
-                server.should_exit = server.force_exit = True
-            drain.begin()
-
-        # In place of uvicorn's, which closes the door at once, and raises SIGTERM again when it is done: the process must
-        # end with 0. Set here too: one that comes before uvicorn listens for it must not be lost.
-        server.handle_exit = end  # type: ignore[method-assign]
-        signal.signal(signal.SIGTERM, end)
+        signal.signal(signal.SIGTERM, server.handle_exit)  # one that comes before uvicorn listens for it must not be lost
         # The terminal's Ctrl-C reaches the whole process group; the command that started this sampler stops it.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         asyncio.run(serve())

@@ -48,6 +48,7 @@ def test_of_a_published_tokenizer_no_image_padding_or_id_beyond_it_is_drawn(tmp_
     published(tmp_path / "qwen", words=300, vocabulary=384)
     config = get_config()
     config.model.pretrained = str(tmp_path / "qwen")
+    (tmp_path / "run").mkdir()
     workspace = open_workspace(config, tmp_path / "run")
     drawn = np.flatnonzero(~workspace.banned).tolist()
     # Words, the end of a turn, and what is text to Qwen: tool calls, files. Ids 322 to 383 belong to no token.
