@@ -265,7 +265,7 @@ class _Sampler:
         self.url = url
         self.stale = False  # it was lost: it may be a new process with other weights
         self.down_since: float | None = None
-        self._asked_before = False  # whether its weights are this client's
+        self._given = False  # whether this client has given it weights
         self._fetches = True  # until it does not: each offer that it leaves would keep its arrays
         self._lock = threading.Lock()
         timeout = httpx.Timeout(10.0, read=_SILENCE, write=_SILENCE)
@@ -281,7 +281,7 @@ class _Sampler:
 
     def put_weights(self, weights: _Weights, in_flight: str = "continue") -> None:
         self.stale = True  # until it has them
-        options: dict[str, Any] = {"version": weights.version, "in_flight": in_flight, "force": not self._asked_before}
+        options: dict[str, Any] = {"version": weights.version, "in_flight": in_flight, "force": not self._given}
         with self._client.stream("GET", "/v1/weights") as ways:
             ours = ways.extensions["network_stream"].get_extra_info("client_addr")[0]  # while the connection is open
             ways.read()
@@ -296,7 +296,7 @@ class _Sampler:
             answer = self._hand_over(weights.body(), folder, options)
         if answer.status_code != 200:
             raise UserError(f"sampler {self.url} refused the weights: {_reason(answer)}")
-        self.stale, self.down_since, self._asked_before = False, None, True
+        self.stale, self.down_since, self._given = False, None, True
 
     def _hand_over(self, body: bytes, folder: Path | None, options: Mapping[str, Any]) -> httpx.Response:
         with file_in(folder, body) as uri:

@@ -20,15 +20,15 @@ class SamplerProcess:
     """A running sampler; leaving the `with` block stops it."""
 
     def __init__(self, process: subprocess.Popen, url: str, drain_seconds: float):
-        self._process, self._patience = process, drain_seconds + _MORE
+        self._process, self._drain = process, drain_seconds
         self.url = url
         self.pid = process.pid
 
-    def stop(self) -> None:
-        """Asks it to end, and ends it if it does not."""
+    def stop(self, *, drain: bool = True) -> None:
+        """Asks it to end, and ends it if it does not; without `drain` nobody waits for its answers any more."""
         self._process.terminate()
         try:
-            self._process.wait(timeout=self._patience)
+            self._process.wait(timeout=_MORE + (self._drain if drain else 0))
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -36,8 +36,8 @@ class SamplerProcess:
     def __enter__(self) -> "SamplerProcess":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.stop()
+    def __exit__(self, error: type[BaseException] | None, *_) -> None:
+        self.stop(drain=error is None)
 
 
 def start_sampler(

@@ -56,6 +56,11 @@ def test_it_has_the_time_that_its_requests_have_to_end(monkeypatch):
         child.stdout.readline()
         process.SamplerProcess(child, "", seconds).stop()
         assert child.returncode == code
+    child = subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.PIPE)
+    child.stdout.readline()
+    with pytest.raises(KeyboardInterrupt), process.SamplerProcess(child, "", 60.0):
+        raise KeyboardInterrupt
+    assert child.returncode == -signal.SIGKILL  # nobody waits for its answers
 
 
 def test_a_sampler_that_ends_at_once_is_reported_with_its_log(tmp_path):
