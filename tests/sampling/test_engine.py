@@ -123,7 +123,7 @@ def several():
 )  # fmt: skip
 @example(case=(64, 70, True), order=range(6), together=6, steps=[0] * 6, cancelled=12)
 @example(case=(32, 64, False), order=range(6), together=6, steps=[0] * 6, cancelled=12)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_a_tree_is_the_same_under_any_schedule(case, order, together, steps, cancelled):
     """Whatever comes before, beside and after it, in whichever order, with few slots or pages."""
     asked, alone = several()

@@ -374,7 +374,7 @@ def test_rollouts_take_messages_and_token_ids_too(server, engine):
     short = {"messages": QUESTION, "seed": 1, "max_new_tokens": 3}
     plain = {"token_ids": list(range(20, 33)), "seed": 3, "max_new_tokens": 20, "tau_high": 5.4, "root_leaves": 2}
     (whole,), (stopped,), (encoded,) = (
-        httpx.post(f"{server}/v1/rollouts", json={"groups": [g]}).text.splitlines()
+        httpx.post(f"{server}/v1/rollouts", json={"groups": [g]}, timeout=60).text.splitlines()
         for g in (plain, {**plain, "stop": ["e", "ab"]}, encode_request(token_request(plain, stop=("e", "ab"))))
     )
     whole, stopped, encoded = (decode_group(json.loads(line)["group"]) for line in (whole, stopped, encoded))
