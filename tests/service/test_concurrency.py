@@ -85,7 +85,7 @@ def test_two_thousand_chats_at_once_are_answered_and_memory_stays(tmp_path, desc
     ready = tmp_path / "ready.json"
     process = subprocess.Popen([sys.executable, "-c", _SERVER, str(ready)])
     try:
-        assert fake.until(lambda: ready.exists() or process.poll() is not None, 120)
+        assert fake.until(lambda: ready.exists() or process.poll() is not None, 300)
         url, answers, memory = json.loads(ready.read_text())["url"], [], []
         for _ in range(ROUNDS):
             answers.append(asyncio.run(_all(url)))
