@@ -4,7 +4,6 @@ import base64
 import contextlib
 import http.server
 import io
-import json
 import threading
 import time
 
@@ -373,11 +372,10 @@ def test_rollouts_take_messages_and_token_ids_too(server, engine):
         assert got.token_ids.tolist() == leaf.token_ids.tolist() and got.parent == leaf.parent
     short = {"messages": QUESTION, "seed": 1, "max_new_tokens": 3}
     plain = {"token_ids": list(range(20, 33)), "seed": 3, "max_new_tokens": 20, "tau_high": 5.4, "root_leaves": 2}
-    (whole,), (stopped,), (encoded,) = (
-        httpx.post(f"{server}/v1/rollouts", json={"groups": [g]}, timeout=60).text.splitlines()
+    whole, stopped, encoded = (
+        decode_group(httpx.post(f"{server}/v1/rollouts", json={"groups": [g]}, timeout=60).json()["group"])
         for g in (plain, {**plain, "stop": ["e", "ab"]}, encode_request(token_request(plain, stop=("e", "ab"))))
     )
-    whole, stopped, encoded = (decode_group(json.loads(line)["group"]) for line in (whole, stopped, encoded))
     for got, leaf in zip(whole.leaves, digits.engine().generate([token_request(plain)])[0].leaves, strict=True):
         assert got.token_ids.tolist() == leaf.token_ids.tolist() and got.parent == leaf.parent
     assert len(stopped.leaves) == 8 and sum(leaf.finish_reason == "stop" for leaf in stopped.leaves) > 2
