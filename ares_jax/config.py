@@ -81,7 +81,8 @@ def default_config() -> ConfigDict:
     s.tensor = 1
     s.host, s.port = "127.0.0.1", 0  # where `serve` listens; port 0 takes a free one
     s.image_hosts = ()  # from which a chat's images may be fetched over HTTP, such as ("images.example.org",)
-    s.weight_roots = ()  # folders below which weights may be loaded by path, besides the run's own checkpoints
+    # Folders below which weights may be loaded by path, also gs://bucket/folder, besides the run's own checkpoints
+    s.weight_roots = ()
     # Fetch weights from a learner on another host through JAX's transfer server (jax.experimental.transfer), which listens
     # without a token on the address by which the two reach each other; otherwise they come over HTTP
     s.transfers = False
@@ -104,6 +105,7 @@ def default_config() -> ConfigDict:
     s.max_response_tokens = 16_384
     s.temperature, s.top_p, s.top_k = 1.0, 0.99, 0  # top_k 0: off
     s.start_timeout = 300.0  # seconds to wait for the service to answer
+    s.drain_seconds = 30.0  # that what it has begun has to finish, once the service is told to end (SIGTERM)
 
     p = c.packing = ConfigDict()  # shape of a learner's micro-batch; nothing else is ever compiled but its halves
     p.rows = 0  # of all processes together; 0: as few as can be split over the mesh, `data` x `fsdp`

@@ -4,6 +4,7 @@ import functools
 from pathlib import Path
 
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict
 
 from ares_jax import cli
@@ -47,8 +48,8 @@ def main(config: ConfigDict, workdir: Path) -> None:
         model_name=workdir.absolute().name, ready_file=Path(_READY_FILE.value) if _READY_FILE.value else None,
         make_chat_format=lambda: ChatFormat(workspace().encoder, max_prompt_tokens=config.sampler.max_prompt_tokens),
         image_hosts=tuple(config.sampler.image_hosts),
-        weight_roots=[workdir / "checkpoints", *map(Path, config.sampler.weight_roots)],
-        transfers=config.sampler.transfers,
+        weight_roots=[workdir / "checkpoints", *map(epath.Path, config.sampler.weight_roots)],
+        transfers=config.sampler.transfers, drain_seconds=config.sampler.drain_seconds,
     )  # fmt: skip
 
 

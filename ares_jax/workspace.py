@@ -186,7 +186,9 @@ class Workspace:
             )
         resolved = Path(__file__).parents[1] / "configs" / "resolved.py"
         arguments = [f"--config={resolved}:{self.folder / 'config.json'}", f"--workdir={self.folder}"]
-        with start_sampler(arguments, folder=self.folder, timeout=s.start_timeout) as process:
+        with start_sampler(
+            arguments, folder=self.folder, timeout=s.start_timeout, drain_seconds=s.drain_seconds
+        ) as process:
             yield RolloutClient([process.url], patience=s.start_timeout)
 
     def push(self, client: Sampler, params: Params, version: int) -> None:
@@ -209,7 +211,7 @@ class Workspace:
         plain = abstract_model(self.model.config, **self._sampler_types)
         return Engine(
             with_params(plain, dict(self.drawn_with(params))), options, eos_token_ids=[self.tokenizer.eos_token_id],
-            banned=self.banned, trigger_mask=self.trigger,
+            banned=self.banned, trigger_mask=self.trigger, token_bytes=tokenizer.token_bytes(self.tokenizer),
         )  # fmt: skip
 
     def own_engine(self) -> Engine:

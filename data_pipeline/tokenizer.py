@@ -90,6 +90,27 @@ def token_strings(tokenizer) -> list[str]:
     return [tokenizer.decode([i]) for i in range(len(tokenizer))]
 
 
+def token_bytes(tokenizer) -> list[bytes]:
+    """Returns the UTF-8 bytes of every token of a byte-level BPE, by id; a special token has none.
+
+    A byte-level BPE spells bytes as characters: the printable ones as themselves, the others, in order, from U+0100 on.
+    """
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    others = [byte for byte in range(256) if chr(byte) not in alphabet]
+    spelling = {chr(byte): byte for byte in range(256) if chr(byte) in alphabet}
+    spelling |= {chr(256 + place): byte for place, byte in enumerate(others)}
+    added, special = tokenizer.added_tokens_decoder, set(tokenizer.all_special_ids)
+    table = []
+    for number, token in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))):
+        if number in special or number in added and added[number].special:
+            table.append(b"")
+        elif number in added:
+            table.append(added[number].content.encode())
+        else:
+            table.append(bytes(spelling[character] for character in token))
+    return table
+
+
 def _plain(text: str) -> str:
     for token in THINK_TOKENS:
         text = text.replace(token, "\n")

@@ -77,7 +77,10 @@ def engine(
         prefill_layers=prefill_layers, prefill_chunk=prefill_chunk, one_shape=one_shape,
     )  # fmt: skip
     eos = [encoder().tokenizer.eos_token_id]
-    return Engine(other or model(), options, eos_token_ids=eos, banned=banned(), trigger_mask=trigger)
+    return Engine(
+        other or model(), options, eos_token_ids=eos, banned=banned(), trigger_mask=trigger,
+        token_bytes=tokenizer.token_bytes(encoder().tokenizer),
+    )  # fmt: skip
 
 
 def attend_in_blocks(monkeypatch, *, block: int) -> set[tuple[int, int]]:

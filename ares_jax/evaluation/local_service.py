@@ -10,6 +10,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from ares_jax.cli import save_config
+from ares_jax.config import default_config
 from ares_jax.errors import UserError
 from ares_jax.inference.opening import published_config
 from ares_jax.service.process import start_sampler
@@ -42,7 +43,7 @@ def local_service(checkpoint: Path, config: ConfigDict | None, folder: Path, max
                 f"--config does not go with --checkpoint={checkpoint}: a run has its own, {checkpoint}/config.json"
             )
         folder = checkpoint.resolve()
-        patience = json.loads((folder / "config.json").read_text())["sampler"]["start_timeout"]
+        sampler = {**default_config().sampler, **json.loads((folder / "config.json").read_text())["sampler"]}
     elif (checkpoint / "config.json").is_file():
         if config is None:
             config = published_config(checkpoint)
@@ -53,11 +54,12 @@ def local_service(checkpoint: Path, config: ConfigDict | None, folder: Path, max
         folder = folder.resolve() / checkpoint.resolve().name
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder)
-        patience = config.sampler.start_timeout
+        sampler = config.sampler
     else:
         raise UserError(f"--checkpoint={checkpoint}: neither a Hugging Face folder nor a run's; both hold a config.json")
     arguments = [f"--config={_RESOLVED}:{folder / 'config.json'}", f"--workdir={folder}"]
-    with start_sampler(arguments, folder=folder, timeout=patience) as process:
+    times = {"timeout": sampler["start_timeout"], "drain_seconds": sampler["drain_seconds"]}
+    with start_sampler(arguments, folder=folder, **times) as process:
         yield LocalService(process.url, folder.name, _identity(checkpoint, folder / "config.json"))
 
 

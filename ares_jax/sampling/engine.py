@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Bool
 
+from ares_jax.errors import UserError
 from ares_jax.models.params import to_flat, with_params
 from ares_jax.models.qwen2_5_vl import Qwen25VL
 from ares_jax.models.qwen2_5_vl.paged import cache_spec, cached_heads
@@ -42,8 +43,10 @@ class Engine:
         eos_token_ids: Sequence[int],
         banned: Bool[np.ndarray, "V"],
         trigger_mask: Bool[np.ndarray, "V"],
+        token_bytes: Sequence[bytes] = (),
         policy_version: int = 0,
     ):
+        """`token_bytes`: the text of each token, for stop strings; without it requests with any are refused."""
         o, text = options, model.config.text
         self.options = o
         flat = to_flat(model)
@@ -54,7 +57,7 @@ class Engine:
             steps=o.decode_steps, kernel=o.kernel, prefill_layers=o.prefill_layers, prefill_chunk=o.prefill_chunk,
         )  # fmt: skip
         self._config = model.config
-        self._eos = frozenset(map(int, eos_token_ids))
+        self._eos, self._token_bytes = frozenset(map(int, eos_token_ids)), token_bytes
         self._shapes = PromptShapes(o, model.config.vision.spatial_merge_size**2)
         self._table_width = o.pages(o.max_context_tokens)
         self._mesh = mesh_of(flat)
@@ -89,11 +92,14 @@ class Engine:
         return self.options.room(prompt_tokens, leaves)
 
     def check(self, request: RolloutRequest) -> None:
-        """Raises `UserError` if a request can never fit, or its image tokens and image features do not match.
+        """Raises `UserError` if a request can never fit, its image tokens and image features do not match, or it has stop
+        strings and this engine knows no text.
 
         May be called from any thread.
         """
         check_request(request, self.options, self._config)
+        if request.stop and not self._token_bytes:
+            raise UserError(f"problem {request.problem_id}: stop strings, but this engine was made without token_bytes")
 
     def cancel(self, number: int) -> None:
         """Forgets a request; an unknown number is no error (it may just have finished)."""
@@ -105,19 +111,8 @@ class Engine:
 
     def drawn(self, number: int, seen: Mapping[int, int]) -> list[Piece]:
         """Returns what each leaf of an unfinished request has drawn after its first `seen[leaf]` (default 0) tokens."""
-        group = self._begun_group(number)
+        group = self._groups.get(number) or (self._saved[number].group if number in self._saved else None)
         return [leaf.piece(seen.get(leaf.index, 0)) for leaf in group.leaves] if group else []
-
-    def end_leaf(self, number: int, index: int) -> None:
-        """Ends a leaf where it stands, as "stop"; its request finishes once all have ended. Others are no error."""
-        group = self._begun_group(number)
-        if group and index < len(group.leaves) and not group.leaves[index].done:
-            leaf = group.leaves[index]
-            leaf.done, leaf.reason = True, "stop"
-            self._live = [other for other in self._live if other is not leaf]
-
-    def _begun_group(self, number: int) -> Group | None:
-        return self._groups.get(number) or (self._saved[number].group if number in self._saved else None)
 
     # Weights.
 
@@ -228,7 +223,7 @@ class Engine:
                 break
             tokens = len(request.token_ids)
             wanted = len(self._live) + sum(group.request.root_leaves for group in batch)
-            needed = request.root_leaves * (o.pages(tokens + o.decode_steps) + 1)
+            needed = o.group_pages(tokens, request.root_leaves, o.decode_steps) + request.root_leaves
             needed = max(needed, self._forecast.expected(request))
             if wanted >= o.max_slots or self._groups and needed > self._pool.free - claimed:
                 break
@@ -279,8 +274,9 @@ class Engine:
                 self._policy.params, self._kv_pages, table, to_rows(leaves, rows, o.window)
             )
         self._totals["decoded"] += record(
-            leaves, jax.device_get(drawn), window=o.window, eos=self._eos, version=self.policy_version
-        )
+            leaves, jax.device_get(drawn), window=o.window, eos=self._eos, table=self._token_bytes,
+            version=self.policy_version,
+        )  # fmt: skip
         self._live = [leaf for leaf in leaves if not leaf.done]
         self._totals["calls"] += 1
 

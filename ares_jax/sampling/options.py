@@ -44,8 +44,19 @@ class EngineOptions:
 
     def room(self, prompt_tokens: int, leaves: int) -> int:
         """Returns the most tokens that each of `leaves` may draw after such a prompt; below 1 there is no room."""
-        pages = (self.num_pages - 1 - self.pages(prompt_tokens)) // leaves
-        return min(self.max_context_tokens, pages * self.page_size) - prompt_tokens
+        own = (self.num_pages - 1 - self.pages(prompt_tokens)) // leaves
+        return min(self.max_context_tokens, (own + self._shared(prompt_tokens)) * self.page_size) - prompt_tokens
+
+    def group_pages(self, prompt_tokens: int, leaves: int, new_tokens: int) -> int:
+        """Returns the pages of a prompt and of so many root leaves: all share those that the prompt fills.
+
+        The token that a leaf feeds again is its own to write: its page is not one of them.
+        """
+        own = self.pages(prompt_tokens + new_tokens) - self._shared(prompt_tokens)
+        return self.pages(prompt_tokens) + leaves * own
+
+    def _shared(self, prompt_tokens: int) -> int:
+        return (prompt_tokens - 1) // self.page_size
 
     def pages(self, tokens: int) -> int:
         """Returns how many pages hold so many tokens."""
@@ -61,7 +72,7 @@ def check_request(request: RolloutRequest, options: EngineOptions, model: Qwen25
         ("image patches", len(request.patches), o.max_prompt_patches, "sampler.max_prompt_patches"),
         ("prompt and response tokens", context, o.max_context_tokens, "sampler.max_response_tokens"),
     ]
-    pages = o.pages(tokens) + request.group_size * o.pages(context)
+    pages = o.group_pages(tokens, request.group_size, request.max_new_tokens)  # a branch shares more, a top-up does not
     limits.append(("cache pages", pages, o.num_pages - 1, "sampler.pages"))
     for what, value, limit, setting in limits:
         if value > limit:

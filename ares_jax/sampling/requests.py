@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 from ares_jax.sampling.trajectory import RolloutRequest
 from data_pipeline.prompts import Prompt
@@ -25,6 +26,7 @@ def rollout_request(
     root_leaves: int | None = None,
     max_branches_per_sequence: int = 0,
     tau_high: float = math.inf,
+    stop: Sequence[str] = (),
 ) -> RolloutRequest:
     """Returns a request for `group_size` leaves. Without `root_leaves` and `tau_high` they are independent samples."""
     return RolloutRequest(
@@ -43,4 +45,5 @@ def rollout_request(
         top_p=top_p,
         top_k=top_k,
         max_new_tokens=max_new_tokens,
+        stop=tuple(stop),
     )

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Int
 
 from ares_jax.sampling.programs import Drawn, Rows
+from ares_jax.sampling.stops import tokens_until_stop
 from ares_jax.sampling.tree import Leaf
 
 
@@ -42,14 +43,23 @@ def to_rows(leaves: Sequence[Leaf], count: int, window: int) -> Rows:
     return rows
 
 
-def record(leaves: Sequence[Leaf], drawn: Drawn, *, window: int, eos: Collection[int], version: int) -> int:
-    """Appends to the leaves what their rows drew, with weights of that version. Returns how many tokens that is."""
-    counts = drawn.valid.sum(axis=0)[: len(leaves)]
-    reach = window - 1
+def record(
+    leaves: Sequence[Leaf], drawn: Drawn, *, window: int, eos: Collection[int], table: Sequence[bytes], version: int
+) -> int:
+    """Appends to the leaves what their rows drew, with weights of that version, up to the first stop string.
+
+    `table`: the bytes of each token. Returns how many tokens that is.
+    """
+    counts = drawn.valid.sum(axis=0)
+    reach, total = window - 1, 0
     for r, leaf in enumerate(leaves):
         new, n = int(counts[r]), leaf.count
+        leaf.columns["token_ids"][n : n + new] = drawn.token[:new, r]
+        end = None
+        if stops := leaf.group.stops:
+            end = tokens_until_stop(leaf.columns["token_ids"][: n + new], stops, table, seen=n)
+            new = new if end is None else end - n
         own, begun = slice(n, n + new), max(0, n - reach)
-        leaf.columns["token_ids"][own] = drawn.token[:new, r]
         leaf.columns["log_probs"][own] = drawn.log_prob[:new, r]
         leaf.columns["entropies"][own] = drawn.entropy[:new, r]
         leaf.columns["policy_version"][own] = version
@@ -59,7 +69,8 @@ def record(leaves: Sequence[Leaf], drawn: Drawn, *, window: int, eos: Collection
         leaf.columns["window_mask"][ended] = drawn.window_hit[skip:new, r]
         leaf.count += new
         leaf.cached += new
-        stopped = int(leaf.columns["token_ids"][leaf.count - 1]) in eos
+        total += new
+        stopped = end is not None or int(leaf.columns["token_ids"][leaf.count - 1]) in eos
         leaf.done = stopped or leaf.count >= leaf.group.request.max_new_tokens
         leaf.reason = "stop" if stopped else "length"
-    return int(counts.sum())
+    return total

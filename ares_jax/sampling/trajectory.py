@@ -26,6 +26,7 @@ class RolloutRequest:
     top_p: float
     top_k: int
     max_new_tokens: int
+    stop: tuple[str, ...] = ()  # a leaf ends with the token that completes one of these
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import UInt32
 
 from ares_jax.sampling.branching import select_branches
+from ares_jax.sampling.stops import stop_bytes
 from ares_jax.sampling.trajectory import Piece, RolloutGroup, RolloutRequest, Trajectory
 
 _COLUMNS = {
@@ -47,11 +48,13 @@ class Group:
     keys: UInt32[np.ndarray, "G 2"]  # of the leaves
     leaves: list[Leaf] = field(default_factory=list)
     waiting: collections.deque[tuple[int, int]] = field(init=False)
+    stops: tuple[bytes, ...] = field(init=False)
     branched: bool = False
     filled: bool = False  # the prompt's keys and values are all in the cache
 
     def __post_init__(self):
         self.waiting = collections.deque([(-1, 0)] * self.request.root_leaves)
+        self.stops = stop_bytes(self.request.stop)
 
     @property
     def ended(self) -> bool:

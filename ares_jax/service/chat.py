@@ -13,15 +13,16 @@ from typing import Annotated, Any, Literal
 import jinja2
 import numpy as np
 from jaxtyping import UInt8
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator
 
 from ares_jax.sampling.options import LOWEST_TEMPERATURE
 from ares_jax.sampling.requests import rollout_request
 from ares_jax.sampling.trajectory import Piece, RolloutRequest
-from ares_jax.service.text_stream import TextStream, token_bytes
+from ares_jax.service.text_stream import TextStream
 from data_pipeline.errors import DataError
 from data_pipeline.problems import Problem
 from data_pipeline.prompts import Prompt, PromptEncoder
+from data_pipeline.tokenizer import token_bytes
 
 MAX_CHOICES = 128
 _LOWEST_LOG_PROB = -9999.0  # OpenAI's number for what JSON cannot say
@@ -35,7 +36,8 @@ _NEUTRAL: dict[str, tuple] = {  # of fields that the sampler does not follow; ab
     "web_search_options": (),
 }  # fmt: skip
 
-_Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+StopStrings = Annotated[list[StopString], Field(max_length=16)]
 
 
 class RefusedError(Exception):
@@ -66,7 +68,13 @@ class TextPart(_Model):
 
 class Message(_Model):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] = Field(None, validate_default=True)
+    tool_calls: list[Any] | None = Field(None, max_length=0)  # clients send empty ones back; there are no others
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _nothing_was_said(cls, content: Any, others: ValidationInfo) -> Any:
+        return "" if content is None and others.data.get("role") == "assistant" else content
 
 
 def image_urls(messages: Sequence[Message]) -> list[str]:
@@ -91,7 +99,7 @@ class ChatModel(_Model):
     top_k: int | None = Field(None, ge=-1, lt=2**31)  # -1 and 0: off
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] | None = None
+    stop: StopString | StopStrings | None = None
     logprobs: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -200,6 +208,7 @@ def rollout(chat: ChatModel, prompt: Prompt, room: int) -> RolloutRequest:
         prompt, seed=(secrets.randbelow(2**31) if chat.seed is None else chat.seed) % 2**31, group_size=chat.choices,
         max_new_tokens=asked or room, temperature=temperature if temperature >= LOWEST_TEMPERATURE else 0.0,
         top_p=1.0 if chat.top_p is None else chat.top_p, top_k=max(chat.top_k or 0, 0),
+        stop=chat.stops,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from ares_jax.sampling.trajectory import Piece, RolloutRequest
 from ares_jax.service import chat as wire
 from ares_jax.service.chat import ChatFormat, ChatModel, Delta, RefusedError
 from ares_jax.service.chat_images import decode_all, encoded_images
+from ares_jax.service.load import Load
 from ares_jax.service.worker import Worker
 from data_pipeline.prompts import Prompt
 
@@ -31,7 +32,7 @@ class ChatLimits:
     images: int = 256
     image_pixels: int = 2**26  # of all images of a chat, before they are scaled
     waiting: int = 4096  # chats taken in and not yet answered
-    waiting_bytes: int = 8 * 2**30  # of image URLs and pixel patches that they hold
+    waiting_bytes: int = 8 * 2**30  # of images and pixel patches that they and the rollouts hold
 
 
 class PromptMaker:
@@ -59,11 +60,11 @@ def chat_router(
     make_prompt: PromptMaker,
     *,
     model_name: str,
+    load: Load,
     limits: ChatLimits = ChatLimits(),
 ) -> APIRouter:
-    """Returns the endpoint."""
+    """Returns the endpoint. `load`: what waits already, of rollouts too."""
     router = APIRouter(max_body_size=limits.body_bytes)
-    load = _Load(limits)
 
     @router.post("/v1/chat/completions")
     async def chat_completions(chat: ChatModel, request: Request):
@@ -73,7 +74,7 @@ def chat_router(
             raise RefusedError(404, f"no model {chat.model[:80]!r} here, only {model_name!r}", field="model")
         chat.check()
         with contextlib.ExitStack() as leaving:
-            hold = leaving.enter_context(load.place())
+            hold = leaving.enter_context(load.places("chats", 1, limit=limits.waiting, status=429))
             hold.take(sent := sum(map(len, wire.image_urls(chat.messages))))
             prompt = await make_prompt(chat.messages)
             hold.take(sent + prompt.patches.nbytes)
@@ -133,10 +134,7 @@ async def _deltas(
                 response = responses[piece.leaf]
                 if response.finish_reason:
                     continue
-                delta = response.take(piece)
-                if response.finish_reason and not piece.finish_reason:  # a stop string
-                    worker.end_leaf(future, piece.leaf)
-                yield response, delta
+                yield response, response.take(piece)
     finally:
         worker.cancel(future)
 
@@ -200,38 +198,3 @@ async def _while_there(request: Request, work):
 
 def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value)}\n\n"
-
-
-class _Load:
-    """What the chats that wait hold, together."""
-
-    def __init__(self, limits: ChatLimits):
-        self._limits, self.chats, self.bytes = limits, 0, 0
-
-    @contextlib.contextmanager
-    def place(self):
-        """Yields a place for one chat. Raises `RefusedError` with 429 if there is none."""
-        if self.chats >= self._limits.waiting:
-            raise RefusedError(429, f"{self.chats} chats wait already; ask again later")
-        self.chats += 1
-        held = _Held(self)
-        try:
-            yield held
-        finally:
-            self.chats -= 1
-            self.bytes -= held.bytes
-
-    def change(self, by: int) -> None:
-        if by > 0 and self.bytes + by > self._limits.waiting_bytes:
-            raise RefusedError(429, f"the chats that wait hold {self.bytes} bytes already; ask again later")
-        self.bytes += by
-
-
-class _Held:
-    def __init__(self, load: _Load):
-        self._load, self.bytes = load, 0
-
-    def take(self, size: int) -> None:
-        """Holds `size` bytes in place of what it held."""
-        self._load.change(size - self.bytes)
-        self.bytes = size

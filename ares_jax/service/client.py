@@ -28,7 +28,8 @@ _CHUNK = 64  # groups a request carries, at most: small enough to spread, large 
 _PIECE = 2**20  # bytes handed to the socket at a time (httpcore copies the rest of a piece at every partial write)
 _CHUNK_BYTES = 64 * 2**20  # of pixels a request carries, at most, unless a single group has more
 _SILENCE = 60.0  # seconds; a sampler at work says so every few
-_TAKEN = httpx.Timeout(10.0, read=600.0, write=_SILENCE)  # until weights are taken, between two steps of the engine
+_TAKEN = httpx.Timeout(10.0, read=600.0, write=_SILENCE)  # until weights are taken; then it looks whether they will be
+_LOOK = 1.0  # seconds between two such looks
 _SLOW = 3.0  # times as long as the slowest request that has been answered whole: then idle samplers are asked too
 
 
@@ -62,7 +63,8 @@ class RolloutClient:
 
         A sampler on this machine gets them through its memory, others fetch them through JAX's transfer server if they are
         willing and able to, or get them through HTTP. What a sampler has begun goes on with them, or, by `in_flight`,
-        finishes with the old ones first.
+        finishes with the old ones first. A lower version than this client pushed before is refused, but not one that is
+        only lower than what the samplers had before: a run that resumes may be behind them.
 
         Raises:
           UserError: one refuses them, or none could be reached for `patience` seconds.
@@ -263,6 +265,7 @@ class _Sampler:
         self.url = url
         self.stale = False  # it was lost: it may be a new process with other weights
         self.down_since: float | None = None
+        self._given = False  # whether this client has given it weights
         self._fetches = True  # until it does not: each offer that it leaves would keep its arrays
         self._lock = threading.Lock()
         timeout = httpx.Timeout(10.0, read=_SILENCE, write=_SILENCE)
@@ -278,7 +281,7 @@ class _Sampler:
 
     def put_weights(self, weights: _Weights, in_flight: str = "continue") -> None:
         self.stale = True  # until it has them
-        options: dict[str, str | int] = {"version": weights.version, "in_flight": in_flight}
+        options: dict[str, Any] = {"version": weights.version, "in_flight": in_flight, "force": not self._given}
         with self._client.stream("GET", "/v1/weights") as ways:
             ours = ways.extensions["network_stream"].get_extra_info("client_addr")[0]  # while the connection is open
             ways.read()
@@ -293,23 +296,36 @@ class _Sampler:
             answer = self._hand_over(weights.body(), folder, options)
         if answer.status_code != 200:
             raise UserError(f"sampler {self.url} refused the weights: {_reason(answer)}")
-        self.stale, self.down_since = False, None
+        self.stale, self.down_since, self._given = False, None, True
 
-    def _hand_over(self, body: bytes, folder: Path | None, options: Mapping[str, str | int]) -> httpx.Response:
+    def _hand_over(self, body: bytes, folder: Path | None, options: Mapping[str, Any]) -> httpx.Response:
         with file_in(folder, body) as uri:
             if uri is not None:
-                return self._client.post("/v1/weights", json={"uri": uri, **options}, timeout=_TAKEN)
-            return self._client.put("/v1/weights", params=options, timeout=_TAKEN, **_content(body))
+                return self._send("POST", options, json={"uri": uri, **options})
+            return self._send("PUT", options, params=options, **_content(body))
+
+    def _send(self, method: str, options: Mapping[str, Any], **content: Any) -> httpx.Response:
+        """Returns the answer to a push; if it takes long, because what has begun finishes first, what became of it."""
+        try:
+            return self._client.request(method, "/v1/weights", timeout=_TAKEN, **content)
+        except httpx.ReadTimeout:
+            while (now := self._client.get("/v1/weights")).status_code == 200:
+                if options["version"] not in now.json()["coming"]:
+                    if now.json()["policy_version"] == options["version"]:
+                        return now
+                    break
+                time.sleep(_LOOK)
+            raise
 
     def _offer(
-        self, flat: Mapping[str, np.ndarray], address: str, options: Mapping[str, str | int]
+        self, flat: Mapping[str, np.ndarray], address: str, options: Mapping[str, Any]
     ) -> httpx.Response | None:
         """Has the sampler fetch them from `address`, as it knows this host. None: they cannot be offered there, or it could
         not fetch them, as through a proxy or a firewall; it says so, once, and is not asked again."""
         self._fetches = False
         try:
-            answer = self._client.post("/v1/weights", json={**transfer.offer(flat, address), **options}, timeout=_TAKEN)
-            if answer.status_code == 502:
+            answer = self._send("POST", options, json={**transfer.offer(flat, address), **options})
+            if answer.status_code == transfer.FAILED:
                 raise transfer.TransferError(_reason(answer))
         except transfer.TransferError as error:
             print(
@@ -338,7 +354,7 @@ class _Sampler:
         """
         body = json.dumps({"groups": [encode_request(request) for request in requests]}).encode()
         with self._client.stream("POST", "/v1/rollouts", **_content(body, "application/json")) as answer:
-            if answer.status_code == 503 and "retry-after" in answer.headers:
+            if answer.status_code in (429, 503) and "retry-after" in answer.headers:
                 self.down_since = None
                 raise _FullError
             if answer.status_code in (502, 503, 504):  # a proxy, whose sampler is away
@@ -394,6 +410,7 @@ def _unreachable(sampler: _Sampler, error: Exception | str) -> UserError:
 def _reason(answer: httpx.Response) -> str:
     try:
         value = answer.json()
-        return str(value.get("detail") or value.get("error") or value["reason"])[:300]
+        error = value.get("detail") or value.get("error") or value["reason"]
+        return str(error["message"] if isinstance(error, dict) else error)[:300]
     except (ValueError, KeyError, AttributeError):
         return f"HTTP {answer.status_code}"

@@ -13,21 +13,22 @@ from pathlib import Path
 from ares_jax.errors import UserError
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
+_MORE = 10.0  # seconds that a sampler has to end, besides those that its requests have
 
 
 class SamplerProcess:
     """A running sampler; leaving the `with` block stops it."""
 
-    def __init__(self, process: subprocess.Popen, url: str):
-        self._process = process
+    def __init__(self, process: subprocess.Popen, url: str, drain_seconds: float):
+        self._process, self._drain = process, drain_seconds
         self.url = url
         self.pid = process.pid
 
-    def stop(self) -> None:
-        """Asks it to end, and ends it if it does not."""
+    def stop(self, *, drain: bool = True) -> None:
+        """Asks it to end, and ends it if it does not; without `drain` nobody waits for its answers any more."""
         self._process.terminate()
         try:
-            self._process.wait(timeout=10)
+            self._process.wait(timeout=_MORE + (self._drain if drain else 0))
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -35,12 +36,16 @@ class SamplerProcess:
     def __enter__(self) -> "SamplerProcess":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.stop()
+    def __exit__(self, error: type[BaseException] | None, *_) -> None:
+        self.stop(drain=error is None)
 
 
-def start_sampler(arguments: Sequence[str], *, folder: Path, timeout: float) -> SamplerProcess:
+def start_sampler(
+    arguments: Sequence[str], *, folder: Path, timeout: float, drain_seconds: float = 0.0
+) -> SamplerProcess:
     """Runs `python -m ares_jax.serve` and returns once it answers; its output goes to `folder/sampler.log`.
+
+    `drain_seconds`: those that its config gives it to end.
 
     Raises:
       UserError: it ended, or did not answer in `timeout` seconds; the last lines of its log are in the message.
@@ -59,7 +64,7 @@ def start_sampler(arguments: Sequence[str], *, folder: Path, timeout: float) -> 
             last = " | ".join(log.read_text().strip().splitlines()[-3:])
             raise UserError(f"the sampler {state}; {log} ends with: {last or 'nothing'}")
         time.sleep(0.05)
-    return SamplerProcess(process, json.loads(ready.read_text())["url"])
+    return SamplerProcess(process, json.loads(ready.read_text())["url"], drain_seconds)
 
 
 def die_with(parent: int) -> None:

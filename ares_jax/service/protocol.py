@@ -3,14 +3,14 @@
 import base64
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from ares_jax.sampling.requests import rollout_request
 from ares_jax.sampling.trajectory import RolloutGroup, RolloutRequest, Trajectory
-from ares_jax.service.chat import Message
+from ares_jax.service.chat import Message, StopStrings, image_urls
 from data_pipeline.prompts import Prompt
 
 VERSION_HEADER = "ares-policy-version"  # of an answer with rollouts: of the weights when they were asked for
@@ -43,6 +43,7 @@ class _Draw(BaseModel):
     top_p: float = Field(gt=0, le=1)
     top_k: int = Field(ge=0, lt=2**31)
     max_new_tokens: int = Field(ge=1, lt=2**31)
+    stop: StopStrings = []
 
 
 class GroupModel(_Draw):
@@ -55,11 +56,15 @@ class GroupModel(_Draw):
     positions: ArrayModel
     rope_delta: int = Field(ge=-(2**31), lt=2**31)
 
+    @property
+    def sent_bytes(self) -> int:
+        """Of pixels, as they were sent."""
+        return len(self.patches.data)
 
-class ChatGroupModel(_Draw):
-    """A prompt as the messages of a chat. What is left out: one tree of 8 samples that do not branch, at temperature 1."""
 
-    messages: list[Message] = Field(min_length=1, max_length=4096)
+class _Plain(_Draw):
+    """What is left out: one tree of 8 samples that do not branch, at temperature 1."""
+
     problem_id: str = "chat"
     group_size: int = Field(8, ge=1, le=1024)
     root_leaves: int | None = Field(None, ge=1, le=1024)  # null: all
@@ -69,18 +74,46 @@ class ChatGroupModel(_Draw):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, lt=2**31)
 
-    def request(self, prompt: Prompt) -> RolloutRequest:
-        """Returns the request of the encoded messages."""
-        draw = self.model_dump(exclude={"messages", "problem_id"})
+    def _request(self, prompt: Prompt) -> RolloutRequest:
+        draw = {name: getattr(self, name) for name in _Plain.model_fields if name != "problem_id"}
         draw["tau_high"] = math.inf if self.tau_high is None else self.tau_high
         return rollout_request(replace(prompt, problem_id=self.problem_id), **draw)
+
+
+class ChatGroupModel(_Plain):
+    """A prompt as the messages of a chat."""
+
+    messages: list[Message] = Field(min_length=1, max_length=4096)
+
+    @property
+    def sent_bytes(self) -> int:
+        """Of images, as they were sent."""
+        return sum(map(len, image_urls(self.messages)))
+
+    def request(self, prompt: Prompt) -> RolloutRequest:
+        """Returns the request of the encoded messages."""
+        return self._request(prompt)
+
+
+class TokenGroupModel(_Plain):
+    """A prompt of text alone, as its token ids."""
+
+    token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(min_length=1, max_length=2**20)
+    sent_bytes: ClassVar[int] = 0  # of images
+
+    def request(self) -> RolloutRequest:
+        """Returns the request: text stands at one position after the other."""
+        token_ids = np.array(self.token_ids, np.int32)
+        positions = np.broadcast_to(np.arange(len(token_ids), dtype=np.int32), (3, len(token_ids)))
+        nothing = np.zeros((0, 1176), np.float32), np.zeros((0, 3), np.int32)
+        return self._request(Prompt("", "", "", "", "", (), token_ids, *nothing, positions, 0))
 
 
 class RolloutsModel(BaseModel):
     """Body of `POST /v1/rollouts`."""
 
     model_config = ConfigDict(extra="forbid")
-    groups: list[GroupModel | ChatGroupModel] = Field(min_length=1, max_length=4096)
+    groups: list[GroupModel | TokenGroupModel | ChatGroupModel] = Field(min_length=1, max_length=4096)
 
 
 def encode_array(array: np.ndarray) -> dict[str, Any]:
@@ -130,7 +163,7 @@ def decode_request(model: GroupModel) -> RolloutRequest:
     if (grid > patches).any() or int(grid.prod(axis=1, dtype=np.int64).sum()) != patches:
         raise ValueError(f"grid_thw counts other than the {patches} patches given")
     value["tau_high"] = math.inf if value["tau_high"] is None else value["tau_high"]
-    return RolloutRequest(**value)
+    return RolloutRequest(**{**value, "stop": tuple(model.stop)})
 
 
 def encode_group(group: RolloutGroup) -> dict[str, Any]:

@@ -1,17 +1,21 @@
 """The HTTP server: rollouts and chats out, weights in. Loopback only, unless a token is set."""
 
 import asyncio
+import contextlib
 import hmac
 import json
 import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
+from etils import epath
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -23,12 +27,15 @@ from ares_jax.sampling.trajectory import RolloutRequest
 from ares_jax.service import transfer
 from ares_jax.service.chat import ChatFormat, RefusedError, error_body
 from ares_jax.service.chat_routes import ChatLimits, PromptMaker, chat_router, refused
+from ares_jax.service.draining import Drain
+from ares_jax.service.load import Load
 from ares_jax.service.prometheus import make_registry
 from ares_jax.service.protocol import (
     VERSION_HEADER,
     ChatGroupModel,
     GroupModel,
     RolloutsModel,
+    TokenGroupModel,
     decode_request,
     encode_group,
 )
@@ -37,13 +44,14 @@ from ares_jax.service.weight_routes import weight_router
 from ares_jax.service.worker import EngineLike, Worker
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_DRAIN = 30  # seconds that running requests have to end after SIGTERM
+_DRAIN = 30.0  # seconds that running requests have to end after SIGTERM
+_CUT = 1  # second that those have which then still run, once they are told to stop
 _HEARTBEAT = 10.0  # seconds without a group after which an empty line says that the sampler lives
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Beyond these a request is refused: 413 for the body, 503 for the queue."""
+    """Beyond these a request is refused: 413 for the body, 503 for the queue; `chat.waiting_bytes` bounds rollouts, too."""
 
     body_bytes: int = 64 * 2**30  # weights come as one body
     rollouts_bytes: int = 2**30  # of a body of rollouts
@@ -53,7 +61,8 @@ class Limits:
 
 def make_app(
     worker: Worker, *, model_name: str, token: str = "", limits: Limits = Limits(), chat_format: ChatFormat | None = None,
-    image_hosts: Sequence[str] = (), weight_roots: Sequence[Path] = (), shared: Path | None = None, transfers: bool = False,
+    image_hosts: Sequence[str] = (), weight_roots: Sequence[Path | epath.Path] = (), shared: Path | None = None,
+    transfers: bool = False,
 ) -> FastAPI:  # fmt: skip
     """Returns the application. With a `token`, every path but /health asks for it as a bearer token.
 
@@ -63,7 +72,7 @@ def make_app(
     """
     started = int(time.time())
     app = FastAPI(title="ares-jax sampler", docs_url=None, redoc_url=None, max_body_size=limits.body_bytes)
-    in_flight = 0
+    load = Load(limits.chat.waiting_bytes)
     registry, answers = make_registry(worker.stats)
 
     def refusal(request: Request) -> Response | None:
@@ -97,7 +106,9 @@ def make_app(
     make_prompt = None
     if chat_format is not None:
         make_prompt = PromptMaker(chat_format, image_hosts, limits.chat)
-        app.include_router(chat_router(worker, chat_format, make_prompt, model_name=model_name, limits=limits.chat))
+        app.include_router(
+            chat_router(worker, chat_format, make_prompt, model_name=model_name, load=load, limits=limits.chat)
+        )
     app.include_router(weight_router(worker, roots=weight_roots, shared_folder=shared, transfers=transfers))
 
     @app.get("/health")
@@ -122,58 +133,81 @@ def make_app(
     async def metrics():
         return PlainTextResponse(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
-    async def to_request(group: GroupModel | ChatGroupModel) -> RolloutRequest:
+    async def to_request(group: GroupModel | TokenGroupModel | ChatGroupModel) -> RolloutRequest:
         if isinstance(group, GroupModel):
-            return decode_request(group)
+            return await asyncio.to_thread(decode_request, group)
+        if isinstance(group, TokenGroupModel):
+            return group.request()
         if make_prompt is None:
             raise ValueError("this sampler takes encoded prompts only, no messages")
         return group.request(await make_prompt(group.messages))
 
     @app.post("/v1/rollouts", max_body_size=min(limits.rollouts_bytes, limits.body_bytes))
     async def rollouts(body: RolloutsModel):
-        nonlocal in_flight
-        try:
-            requests, held = [], 0
+        with contextlib.ExitStack() as leaving:
+            # A place each, before anything is made of them.
+            places = load.places("groups", len(body.groups), limit=limits.queued_groups, status=503)
+            held = leaving.enter_context(places)
+            held.take(sent := sum(group.sent_bytes for group in body.groups))
+            requests, made = [], 0
             for group in body.groups:
-                requests.append(await to_request(group))
-                if (held := held + requests[-1].patches.nbytes) > limits.chat.waiting_bytes:
-                    raise RefusedError(413, f"pixel patches of more than {limits.chat.waiting_bytes} bytes; ask in portions")
-        except ValueError as error:
-            raise HTTPException(422, str(error)) from None
-        if in_flight + len(requests) > limits.queued_groups:
-            raise HTTPException(503, f"{in_flight} groups wait already", headers={"Retry-After": "1"})
-        in_flight += len(requests)
-        futures = [worker.rollout(request) for request in requests]
-
-        async def lines():
-            nonlocal in_flight
-            waiting = {asyncio.wrap_future(future): index for index, future in enumerate(futures)}
-            try:
-                while waiting:
-                    done, _ = await asyncio.wait(waiting, timeout=_HEARTBEAT, return_when=asyncio.FIRST_COMPLETED)
-                    if not done:
-                        yield "\n"
-                    for item in done:
-                        index, error = waiting.pop(item), item.exception()
-                        answer = {"error": str(error)} if error else {"group": encode_group(item.result())}
-                        yield json.dumps({"index": index, **answer}) + "\n"
-            finally:  # also when the client has gone
-                for index in waiting.values():
-                    worker.cancel(futures[index])
-                in_flight -= len(requests)
-
+                try:
+                    requests.append(await to_request(group))
+                except ValueError as error:
+                    raise HTTPException(422, str(error)) from None
+                made += requests[-1].patches.nbytes
+                if sent + made > load.max_bytes:
+                    raise RefusedError(413, f"images and patches of more than {load.max_bytes} bytes; ask in portions")
+                held.take(sent + made)
+            held.take(made)
+            futures = [worker.rollout(request) for request in requests]
+            lines = _lines(worker, futures, leaving.pop_all())
+            await anext(lines)  # begun, it is sure to be closed, and with it the places given back
         headers = {VERSION_HEADER: str(worker.policy_version)}
-        return StreamingResponse(lines(), media_type="application/x-ndjson", headers=headers)
+        return StreamingResponse(lines, media_type="application/x-ndjson", headers=headers)
 
     return app
+
+
+async def _lines(worker: Worker, futures: Sequence[Future], places: contextlib.ExitStack) -> AsyncIterator[str]:
+    """Yields nothing once, then a line for each group as it finishes. Leaving it gives places back and stops the rest."""
+    waiting = {asyncio.wrap_future(future): index for index, future in enumerate(futures)}
+    with places:
+        try:
+            yield ""
+            while waiting:
+                done, _ = await asyncio.wait(waiting, timeout=_HEARTBEAT, return_when=asyncio.FIRST_COMPLETED)
+                if not done:
+                    yield "\n"
+                for item in done:
+                    index, error = waiting.pop(item), item.exception()
+                    answer = {"error": str(error)} if error else {"group": encode_group(item.result())}
+                    yield json.dumps({"index": index, **answer}) + "\n"
+        finally:  # also when the client has gone
+            for index in waiting.values():
+                worker.cancel(futures[index])
+
+
+class _Server(uvicorn.Server):
+    """Drains at a signal. uvicorn's own way closes the door at once, and raises the signal again when it is done: the
+    process would not end with 0."""
+
+    def __init__(self, settings: uvicorn.Config, drain: Drain):
+        super().__init__(settings)
+        self._drain = drain
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._drain.begun and sig == signal.SIGINT:  # Ctrl-C once more
+            self.should_exit = self.force_exit = True
+        self._drain.begin()
 
 
 def run_server(
     make_engine: Callable[[], EngineLike], *, host: str, port: int, model_name: str, ready_file: Path | None = None,
     make_chat_format: Callable[[], ChatFormat] | None = None, image_hosts: Sequence[str] = (),
-    weight_roots: Sequence[Path] = (), transfers: bool = False,
+    weight_roots: Sequence[Path | epath.Path] = (), transfers: bool = False, drain_seconds: float = _DRAIN,
 ) -> None:  # fmt: skip
-    """Serves until SIGTERM, then lets running requests finish. `port` 0 takes a free one.
+    """Serves until SIGTERM, then lets running requests finish for `drain_seconds`. `port` 0 takes a free one.
 
     `make_chat_format`, `image_hosts`, `weight_roots`, `transfers`: as of `make_app`.
 
@@ -201,9 +235,10 @@ def run_server(
             worker, model_name=model_name, token=token, chat_format=chat_format, image_hosts=image_hosts,
             weight_roots=weight_roots, shared=shared, transfers=transfers,
         )  # fmt: skip
+        drain = Drain(app)
         # No proxy's headers: weights are fetched from where a request comes from, not from where it says that it does.
-        settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_DRAIN, proxy_headers=False)
-        server = uvicorn.Server(settings)
+        settings = uvicorn.Config(drain, log_level="warning", timeout_graceful_shutdown=_CUT, proxy_headers=False)
+        server = _Server(settings, drain)
 
         async def serve():
             running = asyncio.create_task(server.serve(sockets=[listener]))
@@ -212,12 +247,14 @@ def run_server(
             if ready_file is not None and server.started:
                 write_json(ready_file, {"url": url, "pid": os.getpid()})
             print(f"sampler ready at {url}", flush=True)
+            await asyncio.wait(
+                {running, asyncio.create_task(drain.finished(drain_seconds))}, return_when=asyncio.FIRST_COMPLETED
+            )
+            server.should_exit = True
             await running
 
+        signal.signal(signal.SIGTERM, server.handle_exit)  # one that comes before uvicorn listens for it must not be lost
         # The terminal's Ctrl-C reaches the whole process group; the command that started this sampler stops it.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        # uvicorn drains on SIGTERM and then raises it again, which must not keep the process from ending with 0; one that
-        # comes before uvicorn listens for it must not be lost.
-        signal.signal(signal.SIGTERM, lambda number, frame: setattr(server, "should_exit", True))
         asyncio.run(serve())
     worker.stop()

@@ -17,6 +17,7 @@ import numpy as np
 
 from ares_jax.errors import UserError
 
+FAILED = 424  # HTTP status where arrays did not come: what the request depends on, the caller's offer, failed
 _REACHED = 5.0  # seconds to reach a port
 _PAUSE = 0.01  # seconds between two looks whether arrays have come
 _starting = threading.Lock()  # two samplers may be given weights at the same time

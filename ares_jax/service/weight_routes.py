@@ -9,13 +9,14 @@ from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from fastapi import APIRouter, HTTPException, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from ares_jax.errors import UserError
 from ares_jax.models.params import check_flat
 from ares_jax.service import transfer, weights
-from ares_jax.service.worker import Worker
+from ares_jax.service.worker import ConflictError, Worker
 
 InFlight = Literal["continue", "finish"]
 _FETCHED_IN = 300.0  # seconds that a caller's arrays may take
@@ -30,13 +31,14 @@ class WeightsModel(BaseModel):
     """Body of `POST /v1/weights`: where to read them.
 
     `in_flight`: requests that were begun "continue" with the new weights (each token says which drew it), or "finish" with
-    the old ones, and until they have, nothing else is begun.
+    the old ones, and until they have, nothing else is begun. `force`: a lower version than the present one is taken too.
     """
 
     model_config = ConfigDict(extra="forbid")
     uri: str = Field(max_length=4096)
     version: int = Field(ge=0, lt=2**31)
     in_flight: InFlight = "continue"
+    force: bool = False
 
 
 class TensorModel(BaseModel):
@@ -56,13 +58,14 @@ class OfferModel(BaseModel):
     tensors: dict[str, TensorModel] = Field(max_length=10_000)
     version: int = Field(ge=0, lt=2**31)
     in_flight: InFlight = "continue"
+    force: bool = False
 
     def specs(self) -> dict[str, jax.ShapeDtypeStruct]:
         return {name: jax.ShapeDtypeStruct(tuple(t.shape), jnp.dtype(t.dtype)) for name, t in self.tensors.items()}
 
 
 def weight_router(
-    worker: Worker, *, roots: Sequence[Path] = (), shared_folder: Path | None = None, transfers: bool = False
+    worker: Worker, *, roots: Sequence[Path | epath.Path] = (), shared_folder: Path | None = None, transfers: bool = False
 ) -> APIRouter:
     """Returns the endpoint. Weights are read below `roots` and `shared_folder`, which lies in this machine's memory.
 
@@ -71,34 +74,44 @@ def weight_router(
     router = APIRouter()
     allowed = [*roots, *([shared_folder] if shared_folder else [])]
     one_at_a_time = asyncio.Lock()  # each takes the memory of a model
+    coming: list[int] = []  # versions on their way, that one first which is taken next
 
-    async def take(make: Callable[[], dict[str, Any]], version: int, in_flight: InFlight) -> dict[str, int]:
+    async def take(make: Callable[[], dict[str, Any]], version: int, in_flight: InFlight, force: bool) -> dict[str, int]:
+        coming.append(version)
         try:
             async with one_at_a_time:
                 flat = await asyncio.to_thread(make)
-                await asyncio.wrap_future(worker.load_weights(flat, version, finish=in_flight == "finish"))
+                loaded = worker.load_weights(flat, version, finish=in_flight == "finish", force=force)
+                await asyncio.wrap_future(loaded)
         except UserError as error:
-            raise HTTPException(422, str(error).encode(errors="backslashreplace").decode()) from None
+            status = 409 if isinstance(error, ConflictError) else 422
+            raise HTTPException(status, str(error).encode(errors="backslashreplace").decode()) from None
         except PermissionError as error:
             raise HTTPException(403, str(error).encode(errors="backslashreplace").decode()) from None
         except transfer.TransferError as error:
-            raise HTTPException(502, str(error).encode(errors="backslashreplace").decode()) from None
+            raise HTTPException(transfer.FAILED, str(error).encode(errors="backslashreplace").decode()) from None
         except RuntimeError as error:  # the engine has failed, or the sampler is stopping
             raise HTTPException(503, str(error)) from None
+        finally:
+            coming.remove(version)
         return {"policy_version": version}
 
     @router.get("/v1/weights")
     async def present():
-        """The version, a folder through which a process on this machine hands over weights without sending them, and
-        whether those of others are fetched."""
+        """The version, versions that are on their way, a folder through which a process on this machine hands over weights
+        without sending them, and whether those of others are fetched."""
         folder = shared_folder and str(shared_folder)
-        return {"policy_version": worker.policy_version, "shared_folder": folder, "transfers": transfers}
+        present = {"policy_version": worker.policy_version, "coming": coming}
+        return {**present, "shared_folder": folder, "transfers": transfers}
 
     @router.put("/v1/weights", openapi_extra=_SAFETENSORS)
-    async def push(version: Annotated[int, Query(ge=0, lt=2**31)], request: Request, in_flight: InFlight = "continue"):
+    async def push(
+        version: Annotated[int, Query(ge=0, lt=2**31)], request: Request, in_flight: InFlight = "continue",
+        force: bool = False,
+    ):  # fmt: skip
         """The body is a safetensors file."""
         body = await request.body()
-        return await take(lambda: weights.from_bytes(body), version, in_flight)
+        return await take(lambda: weights.from_bytes(body), version, in_flight, force)
 
     @router.post("/v1/weights")
     async def load(wanted: WeightsModel | OfferModel, request: Request):
@@ -114,6 +127,6 @@ def weight_router(
             return transfer.fetch(specs, offer.number, peer=peer, port=offer.port, local=local, seconds=_FETCHED_IN)
 
         make = partial(read, wanted.uri) if isinstance(wanted, WeightsModel) else partial(fetch, wanted)
-        return await take(make, wanted.version, wanted.in_flight)
+        return await take(make, wanted.version, wanted.in_flight, wanted.force)
 
     return router

@@ -9,7 +9,13 @@ from typing import Any, Protocol
 
 import jax
 
+from ares_jax.errors import UserError
 from ares_jax.sampling.trajectory import Piece, RolloutGroup, RolloutRequest, Trajectory
+
+
+class ConflictError(UserError):
+    """Weights that are older than those in use or on their way, or that newer ones have overtaken."""
+
 
 OnDrawn = Callable[[list[Piece]], None]
 
@@ -28,7 +34,6 @@ class EngineLike(Protocol):
     def check(self, request: RolloutRequest) -> None: ...
     def submit(self, request: RolloutRequest) -> int: ...
     def drawn(self, number: int, seen: Mapping[int, int]) -> list[Piece]: ...
-    def end_leaf(self, number: int, index: int) -> None: ...
     def cancel(self, number: int) -> None: ...
     def step(self) -> list[tuple[int, RolloutGroup]]: ...
     def load_weights(self, flat: Mapping[str, Any], version: int, *, finish: bool = False) -> None: ...
@@ -110,30 +115,29 @@ class Worker:
 
         self._commands.put(forget)
 
-    def end_leaf(self, future: Future, index: int) -> None:
-        """Draws no more of one leaf of a watched group."""
-
-        def end():
-            number = self._numbers.get(future)
-            if number is not None and number in self._watches:
-                self._engine.end_leaf(number, index)
-
-        self._commands.put(end)
-
     def weight_specs(self) -> Mapping[str, jax.ShapeDtypeStruct]:
         """Returns shape, type and placement of every parameter."""
         return self._engine.weight_specs()
 
-    def load_weights(self, flat: Mapping[str, Any], version: int, *, finish: bool = False) -> Future:
+    def load_weights(
+        self, flat: Mapping[str, Any], version: int, *, finish: bool = False, force: bool = False
+    ) -> Future:
         """Returns a future that is done once the engine draws with the new weights; it fails if they do not fit.
 
-        What was begun goes on with them, or, with `finish`, ends with the old ones before anything else begins.
+        What was begun goes on with them, or, with `finish`, ends with the old ones before anything else begins. The future
+        fails with `ConflictError` for a lower version than the newest here, unless with `force`; and if others come while
+        these wait.
         """
         future = _future()
 
         def load():
+            newest = max([self._engine.policy_version, *(old for _, old in self._loading)])
+            if version < newest and not force:
+                raise ConflictError(f"weights of version {version}, but {newest} is here; push a newer one, or with force")
             self._engine.load_weights(flat, version, finish=finish)
-            self._loading.append((future, version))
+            for waiting, old in self._loading:
+                waiting.set_exception(ConflictError(f"weights of version {old} waited until version {version} came instead"))
+            self._loading = [(future, version)]
 
         self._commands.put(lambda: self._guard(future, load))
         return future

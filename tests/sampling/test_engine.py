@@ -4,13 +4,15 @@ import dataclasses
 import functools
 import math
 
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
 
 from ares_jax.aepo.windows import validated
-from ares_jax.cold_start.sft import example
+from ares_jax.cold_start import sft
 from ares_jax.errors import UserError
 from ares_jax.models.params import to_flat
 from ares_jax.models.qwen2_5_vl import VisionInputs
@@ -24,13 +26,13 @@ TAU = 5.4  # a random model's token entropies lie around log(400) = 6
 
 
 def request(prompt, seed=0, **changes):
-    settings = dict(group_size=6, root_leaves=3, max_branches_per_sequence=2, tau_high=TAU, max_new_tokens=20)
-    return rollout_request(prompt, seed=seed, **{**settings, **changes})
+    plain = dict(group_size=6, root_leaves=3, max_branches_per_sequence=2, tau_high=TAU, max_new_tokens=20)
+    return rollout_request(prompt, seed=seed, **{**plain, **changes})
 
 
 def statistics_of(prompt, token_ids, temperature):
     """Log-probs and entropies of a response by one whole forward pass."""
-    segment = example(prompt, token_ids)
+    segment = sft.example(prompt, token_ids)
     (batch,) = pack([segment], row_tokens=len(segment.token_ids), row_patches=48, rows=1)
     banned = jnp.array(digits.banned())
     statistics = token_statistics(digits.model(), banned, temperature=temperature)
@@ -95,6 +97,56 @@ def test_in_one_shape_the_bits_do_not_depend_on_the_company():
             for a, b in zip(together[index].leaves, other.leaves, strict=True):
                 for name, value in vars(a).items():
                     np.testing.assert_array_equal(value, getattr(b, name))
+
+
+ENGINES = {  # by slots, pages and whether all has one shape
+    case: functools.cache(functools.partial(digits.engine, slots=case[0], pages=case[1], one_shape=case[2]))
+    for case in ((64, 400, True), (64, 70, True), (32, 400, False), (32, 64, False), (4, 400, False))
+}
+
+
+@functools.cache
+def several():
+    """Requests of several lengths and settings, and the tree of each one drawn alone, without and with `one_shape`."""
+    kinds = (dict(temperature=1.1), dict(top_p=0.9), dict(temperature=0.0), dict(temperature=2.0, top_k=3), {}, {})
+    asked = [
+        request(p, seed=i, group_size=4, root_leaves=2, max_new_tokens=12, **s)
+        for i, (p, s) in enumerate(zip(digits.prompts(6), kinds, strict=True))
+    ]
+    engines = {True: ENGINES[64, 400, True](), False: ENGINES[32, 400, False]()}
+    return asked, {one_shape: [engine.generate([r])[0] for r in asked] for one_shape, engine in engines.items()}
+
+
+@given(
+    case=st.sampled_from(sorted(ENGINES)), order=st.permutations(range(6)), together=st.integers(1, 6),
+    steps=st.lists(st.integers(0, 2), min_size=6, max_size=6), cancelled=st.integers(0, 12),
+)  # fmt: skip
+@example(case=(64, 70, True), order=range(6), together=6, steps=[0] * 6, cancelled=12)
+@example(case=(32, 64, False), order=range(6), together=6, steps=[0] * 6, cancelled=12)
+@settings(max_examples=8, deadline=None)
+def test_a_tree_is_the_same_under_any_schedule(case, order, together, steps, cancelled):
+    """Whatever comes before, beside and after it, in whichever order, with few slots or pages."""
+    asked, alone = several()
+    engine, numbers, finished = ENGINES[case](), {}, {}
+    for index, pause in zip(order[:together], steps, strict=False):
+        numbers[engine.submit(asked[index])] = index
+        for _ in range(pause):
+            finished.update(engine.step())
+        if cancelled == index:
+            engine.cancel(next(number for number, other in numbers.items() if other == index))
+    while engine.busy:
+        finished.update(engine.step())
+    assert {numbers[number] for number in finished} | {cancelled} >= set(order[:together])
+    for number, group in finished.items():
+        for a, b in zip(group.leaves, alone[case[2]][numbers[number]].leaves, strict=True):
+            if case[2]:  # to the bit
+                for name, value in vars(a).items():
+                    np.testing.assert_array_equal(value, getattr(b, name))
+            else:
+                np.testing.assert_array_equal(a.token_ids, b.token_ids)
+                np.testing.assert_array_equal(a.window_mask, b.window_mask)
+                assert (a.parent, a.branch_position, a.finish_reason) == (b.parent, b.branch_position, b.finish_reason)
+                np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-5)
 
 
 def test_preempted_groups_come_out_the_same(groups):
@@ -233,7 +285,7 @@ def test_greedy_is_the_argmax_of_the_whole_forward():
     leaf = digits.engine().generate([plain])[0].leaves[0]
     banned = digits.banned()
     for n in range(len(leaf.token_ids)):
-        segment = example(prompt, leaf.token_ids[: n + 1])
+        segment = sft.example(prompt, leaf.token_ids[: n + 1])
         (batch,) = pack([segment], row_tokens=len(segment.token_ids), row_patches=48, rows=1)
         vision = VisionInputs(*(batch[f"patch{name}"] for name in ("es", "_positions", "_window_ids", "_frame_ids")))
         hidden = digits.model()(batch["tokens"], batch["positions"], batch["segment_ids"], vision)[0, -2]

@@ -1,23 +1,26 @@
 """The scheduler against a plain recursion, with a model whose cache is the token ids themselves.
 
-The stand-in draws a token from a hash of what it finds in the row's pages. So a page that is freed too early, copied
-wrongly or written to by two leaves changes tokens, and a whole tree of the engine must equal one computed without pages.
+The stand-in draws a token from a hash of what it finds in the row's pages, and of one of its weights. So a page that is
+freed too early, copied wrongly or written to by two leaves changes tokens, and so does a weight of another version than the
+token says; a whole tree of the engine must equal one computed without pages.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
 import zlib
 
 import hypothesis.strategies as st
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from ares_jax.errors import UserError
-from ares_jax.models.params import to_flat
+from ares_jax.models.params import to_flat, with_params
 from ares_jax.sampling import Engine, EngineOptions, RolloutRequest
 from ares_jax.sampling.branching import select_branches
 from ares_jax.sampling.programs import Drawn, Part
@@ -25,11 +28,14 @@ from tests import digits
 
 EOS, WINDOW, TAU, STEPS, PARTS = 0, 2, 0.5, 3, 3
 PAGES, PAGE_SIZE, SLOTS, PROMPT, CONTEXT = 27, 4, 5, 8, 24
+WEIGHT = "text.norm"  # which of them the stand-in looks at
+# Tokens as text: none (EOS), halves of a character, single letters, and two together.
+TABLE = [b"", b"\xc3", b"\xa9", *(bytes([97 + i % 4]) for i in range(9)), b"ab", b"cd", b"da", b"bb"]
 
 
-def draw(context, key, place):
+def draw(context, key, place, version):
     """Returns a token below 16 and an entropy in quarters (so that means are exact) from all that may matter."""
-    bits = zlib.crc32(np.array([*context, *key, place], np.int64).tobytes())
+    bits = zlib.crc32(np.array([*context, *key, place, version], np.int64).tobytes())
     return (bits & 15), np.float32((bits >> 4 & 3) / 4)
 
 
@@ -40,6 +46,12 @@ def leaf_key(seed, index):
 
 def is_trigger(token):
     return token % 3 != 1
+
+
+def weights(version):
+    """Returns those with which the stand-in draws as it does at this version."""
+    flat = to_flat(digits.model())
+    return {**flat, WEIGHT: jnp.full_like(flat[WEIGHT], version)}
 
 
 class TokenCache:
@@ -74,7 +86,7 @@ class TokenCache:
         return cache
 
     def decode(self, params, cache, tables, rows):
-        shape = (STEPS, len(rows.token))
+        shape, version = (STEPS, len(rows.token)), int(params[WEIGHT][0])
         out = Drawn(*(np.zeros(shape, kind) for kind in (int, np.float32, np.float32, np.float32, bool, bool)))
         written = [p for r in np.flatnonzero(rows.alive) for p in self.written(tables[r], rows.length[r], rows, r)]
         assert len(set(written)) == len(written), "two rows write to one page"
@@ -86,7 +98,8 @@ class TokenCache:
                 cache[tables[r][length // PAGE_SIZE], length % PAGE_SIZE] = token
                 length += 1
                 slots = np.arange(length)
-                token, entropy = draw(cache[tables[r][slots // PAGE_SIZE], slots % PAGE_SIZE], rows.key[r], place)
+                context = cache[tables[r][slots // PAGE_SIZE], slots % PAGE_SIZE]
+                token, entropy = draw(context, rows.key[r], place, version)
                 place += 1
                 ring, ring_tokens = ring[1:] + [entropy], ring_tokens[1:] + [token]
                 mean = np.float32(sum(ring) / WINDOW) if place >= WINDOW else np.float32(0)
@@ -106,29 +119,36 @@ class TokenCache:
 def new_engine(pages=PAGES, slots=SLOTS):
     options = EngineOptions(slots, PAGE_SIZE, pages, PROMPT, 4, CONTEXT, 2, STEPS, WINDOW)
     nothing = np.zeros(digits.VOCABULARY, bool)
-    engine = Engine(digits.model(), options, eos_token_ids=[EOS], banned=nothing, trigger_mask=nothing)
+    model = with_params(digits.model(), weights(0))
+    engine = Engine(model, options, eos_token_ids=[EOS], banned=nothing, trigger_mask=nothing, token_bytes=TABLE)
     engine._programs = TokenCache(engine._pool.references)
     engine._kv_pages = np.zeros((pages, PAGE_SIZE), np.int64)
     return engine
 
 
-def request(length=5, seed=0, group_size=4, root_leaves=2, max_new_tokens=12, tau_high=TAU, per_sequence=2):
+def request(length=5, seed=0, group_size=4, root_leaves=2, max_new_tokens=12, tau_high=TAU, per_sequence=2, stop=()):
     tokens = (np.arange(length) * 7 + seed) % 12  # 12 and 13 are the image and video placeholders
     return RolloutRequest(
         f"{length}/{seed}", tokens.astype(np.int32), np.zeros((0, 1176), np.float32), np.zeros((0, 3), np.int32),
         np.broadcast_to(np.arange(length), (3, length)), 0, seed, group_size, root_leaves, per_sequence, tau_high,
-        1.0, 1.0, 0, max_new_tokens,
+        1.0, 1.0, 0, max_new_tokens, tuple(stop),
     )  # fmt: skip
 
 
-def expected_tree(r):
-    """Returns (tokens, window mask, parent, branch position) of every leaf."""
+def has_ended(tokens, r):
+    text = b"".join(TABLE[token] for token in tokens)
+    return EOS in tokens or any(stop.encode() in text for stop in r.stop)
+
+
+def expected_tree(r, version_of=lambda leaf, place: 0):
+    """Returns (tokens, window mask, parent, branch position) of every leaf, drawn with those versions of the weights."""
     leaves = []
 
     def grow(parent, start):
         tokens, entropies = ([], []) if parent < 0 else (list(leaves[parent][0][:start]), list(leaves[parent][4][:start]))
-        while len(tokens) < r.max_new_tokens and (not tokens or tokens[-1] != EOS):
-            token, entropy = draw([*r.token_ids, *tokens], leaf_key(r.seed, len(leaves)), len(tokens))
+        while len(tokens) < r.max_new_tokens and not has_ended(tokens, r):
+            version = version_of(len(leaves), len(tokens))
+            token, entropy = draw([*r.token_ids, *tokens], leaf_key(r.seed, len(leaves)), len(tokens), version)
             tokens.append(token)
             entropies.append(entropy)
         means = np.array([sum(entropies[t : t + WINDOW]) / WINDOW for t in range(len(tokens))])
@@ -149,16 +169,25 @@ def expected_tree(r):
     return leaves
 
 
+def version_of(group):
+    """Returns what says which version drew a token; -1 where there is none, so that a leaf that is too short differs."""
+    columns = [leaf.policy_version.tolist() for leaf in group.leaves]
+    return lambda leaf, place: columns[leaf][place] if place < len(columns[leaf]) else -1
+
+
 def check_group(group, r):
-    expected = expected_tree(r)
+    expected = expected_tree(r, version_of(group))
     assert group.problem_id == r.problem_id and len(group.leaves) == r.group_size
     for leaf, (tokens, hits, parent, start, _, means) in zip(group.leaves, expected, strict=True):
         assert leaf.token_ids.tolist() == tokens
         np.testing.assert_array_equal(leaf.window_mask, hits)
         np.testing.assert_array_equal(leaf.window_means, means)
         assert (leaf.parent, leaf.branch_position) == (parent, start)
-        assert leaf.finish_reason == ("stop" if tokens[-1] == EOS else "length")
-        assert parent < 0 or expected[parent][1][start]
+        assert leaf.finish_reason == ("stop" if has_ended(tokens, r) else "length")
+        assert (np.diff(leaf.policy_version[start:]) >= 0).all()
+        if parent >= 0:
+            assert expected[parent][1][start]
+            np.testing.assert_array_equal(leaf.policy_version[:start], group.leaves[parent].policy_version[:start])
 
 
 class Scheduler(RuleBasedStateMachine):
@@ -168,14 +197,16 @@ class Scheduler(RuleBasedStateMachine):
         super().__init__()
         self.engine = new_engine()
         self.open, self.version = {}, 0
+        self.last = {}  # of what was begun and finishes with its weights: their version
 
     @rule(
         length=st.integers(1, PROMPT), seed=st.integers(0, 4), roots=st.integers(1, 4), more=st.integers(0, 2),
         new=st.integers(1, CONTEXT - PROMPT), branching=st.booleans(), per_sequence=st.integers(0, 3),
+        stop=st.lists(st.text("abcdé", min_size=1, max_size=3), max_size=2),
     )  # fmt: skip
-    def submit(self, length, seed, roots, more, new, branching, per_sequence):
+    def submit(self, length, seed, roots, more, new, branching, per_sequence, stop):
         tau = TAU if branching else math.inf
-        r = request(length, seed, roots + more, roots, new, tau, per_sequence)
+        r = request(length, seed, roots + more, roots, new, tau, per_sequence, stop)
         try:
             self.open[self.engine.submit(r)] = r
         except UserError as error:  # the largest trees need more pages than there are
@@ -186,8 +217,8 @@ class Scheduler(RuleBasedStateMachine):
         for _ in range(times):
             for number, group in self.engine.step():
                 check_group(group, self.open.pop(number))
-                for leaf in group.leaves:
-                    assert (np.diff(leaf.policy_version) >= 0).all() and leaf.policy_version[-1] <= self.version
+                last = self.last.pop(number, self.version)
+                assert all((leaf.policy_version <= last).all() for leaf in group.leaves)
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
@@ -199,7 +230,8 @@ class Scheduler(RuleBasedStateMachine):
     @rule(finish=st.booleans())
     def reload(self, finish):
         self.version += 1
-        self.engine.load_weights(to_flat(digits.model()), self.version, finish=finish)
+        self.last = {number: self.engine.policy_version for number in self.engine._begun} if finish else {}
+        self.engine.load_weights(weights(self.version), self.version, finish=finish)
 
     @precondition(lambda self: self.engine._groups)
     @rule(data=st.data())
@@ -213,6 +245,22 @@ class Scheduler(RuleBasedStateMachine):
         assert all(self.engine._pool.references(page) == held.count(page) for page in range(1, PAGES))
         assert self.engine._pool.free == PAGES - 1 - len(set(held))
         assert len(self.engine._live) <= SLOTS
+
+    @invariant()
+    def pages_are_shared(self):
+        for group in self.engine._groups.values():
+            prompt = len(group.request.token_ids)
+            for page in group.prompt_pages[: (prompt - 1) // PAGE_SIZE]:
+                # The prompt's own reference, and one of each leaf: all begin with it, branches too.
+                assert self.engine._pool.references(page) == 1 + len(group.leaves)
+            for leaf in group.leaves:
+                source = group.prompt_pages if leaf.parent < 0 else group.leaves[leaf.parent].pages
+                shared = (prompt + leaf.start - 1) // PAGE_SIZE  # full ones before the token that it feeds again
+                assert leaf.pages[:shared] == source[:shared]
+            held = {page for pages in group.page_lists() for page in pages}
+            assert len(held) == group.pages_held(PAGE_SIZE) <= self.engine.options.group_pages(
+                prompt, group.request.group_size, group.request.max_new_tokens
+            )
 
     def teardown(self):
         for _ in range(400):
@@ -254,7 +302,7 @@ def test_weights_that_come_while_a_prompt_is_prefilled_see_all_of_it():
     fill = engine._programs.prefill_part
     engine._programs.prefill_part = lambda *rest: (seen.append((engine.policy_version, rest[-1].first)), fill(*rest))[1]
     engine.step()
-    engine.load_weights(to_flat(digits.model()), 5)
+    engine.load_weights(weights(5), 5)
     while number not in (finished := dict(engine.step())):
         pass
     assert seen == [(0, 0), *((5, part) for part in range(PARTS))]
@@ -268,6 +316,55 @@ def test_branching_costs_the_new_tokens_only():
     shared = sum(leaf.branch_position for leaf in group.leaves)
     assert group.computed_tokens == group.prompt_tokens + delivered - shared
     assert group.shared_tokens == (len(group.leaves) - 1) * group.prompt_tokens + shared
+
+
+@given(
+    st.integers(1, PROMPT), st.integers(0, 9), st.integers(1, 4), st.integers(0, 4), st.integers(1, CONTEXT - PROMPT),
+    st.booleans(),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_a_tree_that_fits_by_sharing_is_drawn_in_the_smallest_pool(length, seed, roots, more, new, branching):
+    r = request(length, seed, roots + more, roots, new, TAU if branching else math.inf)
+    # The prompt's pages, and every leaf's but those that the prompt fills before its last token.
+    needed = -(-length // PAGE_SIZE) + r.group_size * (-(-(length + new) // PAGE_SIZE) - (length - 1) // PAGE_SIZE)
+    engine = new_engine(pages=needed + 1)
+    assert engine.room(length, r.group_size) >= new
+    check_group(engine.generate([r])[0], r)
+    assert engine._pool.free == needed and engine.stats()["preempted"] == 0
+    too_small = new_engine(pages=needed)
+    assert too_small.room(length, r.group_size) < new
+    with pytest.raises(UserError, match=f"{needed} cache pages, the limit is {needed - 1}; raise sampler.pages"):
+        too_small.submit(r)
+
+
+def test_the_smallest_pool_is_used_up():
+    whole = (request(7, seed, 3, 3, 9, math.inf) for seed in itertools.count())
+    r = next(r for r in whole if all(len(leaf[0]) == r.max_new_tokens for leaf in expected_tree(r)))
+    engine, free = new_engine(pages=2 + 3 * 3 + 1), []
+    decode = engine._programs.decode
+    engine._programs.decode = lambda *rest: (free.append(engine._pool.free), decode(*rest))[1]
+    check_group(engine.generate([r])[0], r)
+    assert min(free) == 0
+
+
+def test_stop_strings_end_leaves_at_the_token_that_completes_them():
+    plain = request(seed=3, group_size=6, root_leaves=6, max_new_tokens=16, tau_high=math.inf)
+    engine = new_engine(pages=400)
+    free, stopped = engine.generate([plain, dataclasses.replace(plain, stop=("é", "dd", "abc"))])
+    texts, early = [b"".join(TABLE[token] for token in leaf.token_ids) for leaf in free.leaves], 0
+    for text, leaf, whole in zip(texts, stopped.leaves, free.leaves, strict=True):
+        assert leaf.token_ids.tolist() == whole.token_ids[: len(leaf.token_ids)].tolist()
+        early += len(leaf.token_ids) < len(whole.token_ids)
+        found = any(stop.encode() in text for stop in ("é", "dd", "abc"))
+        assert found or len(leaf.token_ids) == len(whole.token_ids)
+        assert leaf.finish_reason == ("stop" if found else whole.finish_reason)
+    assert early > 2
+    silent = Engine(
+        digits.model(), engine.options, eos_token_ids=[EOS],
+        banned=np.zeros(digits.VOCABULARY, bool), trigger_mask=np.zeros(digits.VOCABULARY, bool),
+    )  # fmt: skip
+    with pytest.raises(UserError, match="5/3: stop strings, but this engine was made without token_bytes"):
+        silent.submit(dataclasses.replace(plain, stop=("a",)))
 
 
 def test_cancelled_requests_leave_nothing_behind():
@@ -292,7 +389,7 @@ def test_cancelled_requests_leave_nothing_behind():
         (dict(root_leaves=0), "root_leaves=0"),
         (dict(length=9), "the limit is 8; raise sampler.max_prompt_tokens"),
         (dict(max_new_tokens=20), "the limit is 24; raise sampler.max_response_tokens"),
-        (dict(group_size=6, max_new_tokens=16), "the limit is 26; raise sampler.pages"),
+        (dict(group_size=6, max_new_tokens=16), "32 cache pages, the limit is 26; raise sampler.pages"),
     ],
 )
 def test_impossible_requests_are_refused_with_the_limit(changes, words):

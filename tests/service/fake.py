@@ -66,9 +66,6 @@ class FakeEngine:
     def drawn(self, number: int, seen) -> list:
         return []  # it finishes whole groups
 
-    def end_leaf(self, number: int, index: int) -> None:
-        pass
-
     def submit(self, request: RolloutRequest) -> int:
         self.check(request)
         self.work[len(self.submitted)] = request

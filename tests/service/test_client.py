@@ -126,6 +126,38 @@ def test_a_sampler_killed_and_restarted_gets_its_weights_back(tmp_path):
     assert {int(v) for group in groups for leaf in group.leaves for v in leaf.policy_version} == {7}
 
 
+def test_one_of_two_samplers_dies_and_works_again_when_it_is_back(tmp_path):
+    """In one job: what it held goes to the other, and what is left to both."""
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        folder.mkdir()
+    processes, urls = zip(*(start(folder, delay=0.02) for folder in folders), strict=True)
+    client, seen, again = RolloutClient(urls), [], []
+    client.push_weights({"w": np.ones((3, 2), np.float32)}, 7)
+
+    def drawn(url):
+        return int(float(httpx.get(f"{url}/metrics").text.split("\nares_sampler_groups_total ")[1].split()[0]))
+
+    def on_group(index, group):
+        seen.append(index)
+        if len(seen) == 100:
+            processes[0].send_signal(signal.SIGKILL)
+            processes[0].wait()
+        if len(seen) == 250:  # the other one has worked alone for some time
+            again.append(start(folders[0], delay=0.02, port=int(urls[0].rsplit(":", 1)[1]))[0])
+
+    try:
+        groups = client.rollouts(requests(650), on_group=on_group)
+        anew, other = map(drawn, urls)
+        assert httpx.get(f"{urls[0]}/health").json()["policy_version"] == 7
+    finally:
+        for process in (*processes, *again):
+            process.kill()
+    assert sorted(seen) == list(range(650)) and ids(groups) == list(range(650))
+    assert anew > 0 and other >= 150  # it drew again, too
+    assert {int(v) for group in groups for leaf in group.leaves for v in leaf.policy_version} == {7}
+
+
 def test_weights_reach_all_and_a_sampler_that_is_away_gets_them_later():
     engines = [fake.FakeEngine(), fake.FakeEngine()]
     with fake.serving(engines[0]) as a, fake.serving(engines[1]) as b:
@@ -137,6 +169,35 @@ def test_weights_reach_all_and_a_sampler_that_is_away_gets_them_later():
             RolloutClient([a]).push_weights({"w": np.ones((1,), np.float32)}, 6)
     with pytest.raises(UserError, match=f"{DEAD} cannot be reached.*ares_jax.serve"):
         RolloutClient([DEAD], patience=0.3).push_weights({"w": np.ones((3, 2), np.float32)}, 5)
+
+
+def test_a_run_that_resumes_may_be_behind_and_one_that_was_overtaken_is_told():
+    flat, engine = {"w": np.ones((3, 2), np.float32)}, fake.FakeEngine()
+    with fake.serving(engine) as url:
+        old, new = RolloutClient([url]), RolloutClient([url])
+        old.push_weights(flat, 9)
+        new.push_weights(flat, 5)  # from an older checkpoint
+        new.push_weights(flat, 11)
+        with pytest.raises(UserError, match=f"{url} refused the weights: weights of version 10, but 11 is here"):
+            old.push_weights(flat, 10)
+        assert engine.policy_version == 11
+
+
+def test_weights_that_wait_long_are_waited_for(monkeypatch):
+    monkeypatch.setattr("ares_jax.service.client._TAKEN", httpx.Timeout(10, read=0.2))
+    monkeypatch.setattr("ares_jax.service.client._LOOK", 0.05)
+    engine = fake.FakeEngine(delay=0.01, slots=0)
+    engine.weights_wait = True  # for a group that does not end yet
+    with fake.serving(engine) as url:
+        draw = threading.Thread(target=RolloutClient([url]).rollouts, args=(requests(1),))
+        draw.start()
+        threading.Timer(1.0, lambda: setattr(engine, "weights_wait", False)).start()
+        begun = time.monotonic()
+        RolloutClient([url], patience=0).push_weights({"w": np.ones((3, 2), np.float32)}, 4, in_flight="finish")
+        assert time.monotonic() - begun > 0.8 and engine.policy_version == 4
+        assert httpx.get(f"{url}/v1/weights").json()["coming"] == []
+        engine.slots = 1
+        draw.join()
 
 
 def test_the_callers_error_and_a_refused_request_end_it():

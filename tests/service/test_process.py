@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from ares_jax.errors import UserError
+from ares_jax.service import process
 from ares_jax.service.process import start_sampler
 from tests.service import fake
 
@@ -44,6 +45,22 @@ def test_it_ends_when_its_parent_is_killed():
 def test_it_does_not_start_when_its_parent_is_gone_already():
     child = subprocess.run([sys.executable, "-c", _CHILD.format(""), str(os.getpid() + 1)], timeout=30)
     assert child.returncode == 1
+
+
+def test_it_has_the_time_that_its_requests_have_to_end(monkeypatch):
+    monkeypatch.setattr(process, "_MORE", 1.0)
+    slow = "import signal, sys, time; signal.signal(15, lambda *_: (time.sleep(2), sys.exit(0))); print(flush=True); "
+    slow += "time.sleep(60)"
+    for seconds, code in ((60.0, 0), (0.0, -signal.SIGKILL)):
+        child = subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.PIPE)
+        child.stdout.readline()
+        process.SamplerProcess(child, "", seconds).stop()
+        assert child.returncode == code
+    child = subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.PIPE)
+    child.stdout.readline()
+    with pytest.raises(KeyboardInterrupt), process.SamplerProcess(child, "", 60.0):
+        raise KeyboardInterrupt
+    assert child.returncode == -signal.SIGKILL  # nobody waits for its answers
 
 
 def test_a_sampler_that_ends_at_once_is_reported_with_its_log(tmp_path):

@@ -1,5 +1,6 @@
 """The HTTP surface over an engine of random trees: order, limits, tokens, clients that leave, weights."""
 
+import contextlib
 import http.client
 import json
 import os
@@ -15,6 +16,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.numpy import save
 
+from ares_jax.service import server
+from ares_jax.service.chat_routes import ChatLimits
 from ares_jax.service.protocol import encode_request
 from ares_jax.service.server import Limits
 from tests.service import fake
@@ -25,17 +28,22 @@ from pathlib import Path
 sys.path.insert(0, ".")
 from ares_jax.service.server import run_server
 from tests.service.fake import FakeEngine
+def make_chat_format():
+    from tests.service.test_chat import FORMAT
+    return FORMAT
 run_server(lambda: FakeEngine(delay=float(sys.argv[3]), slots=1), host=sys.argv[1], port=int(sys.argv[4]), model_name="m",
-           ready_file=Path(sys.argv[2]))
+           ready_file=Path(sys.argv[2]), drain_seconds=float(sys.argv[5]),
+           make_chat_format=make_chat_format if sys.argv[6:] else None)
 """
 
 
-def start(folder, *, host="127.0.0.1", port=0, delay=0.0, token=""):
+def start(folder, *, host="127.0.0.1", port=0, delay=0.0, token="", drain=30.0, chats=False):
     ready = folder / "ready.json"
     ready.unlink(missing_ok=True)
-    command = [sys.executable, "-c", _SERVER, host, str(ready), str(delay), str(port)]
+    command = [sys.executable, "-c", _SERVER, host, str(ready), str(delay), str(port), str(drain)]
+    command += ["chats"] * chats
     process = subprocess.Popen(command, env={**os.environ, "ARES_TOKEN": token})
-    assert fake.until(lambda: ready.exists() or process.poll() is not None, 60)
+    assert fake.until(lambda: ready.exists() or process.poll() is not None, 300)
     return process, json.loads(ready.read_text())["url"]
 
 
@@ -132,6 +140,26 @@ def test_a_full_queue_is_503_and_empties():
         assert httpx.post(f"{url}/v1/rollouts", json=body(4, 5)).status_code == 200
 
 
+def test_what_waits_is_bounded_together_before_anything_is_made_of_it(monkeypatch):
+    decoded, decode = [], server.decode_request
+    monkeypatch.setattr(server, "decode_request", lambda model: decoded.append(threading.current_thread()) or decode(model))
+    engine, patch = fake.FakeEngine(delay=0.01, slots=0), 4 * 1176  # bytes; nothing finishes yet
+    limits = Limits(queued_groups=4, chat=ChatLimits(waiting_bytes=60 * patch))
+    with fake.serving(engine, limits=limits) as url:
+        assert httpx.post(f"{url}/v1/rollouts", json=body(*range(5))).status_code == 503  # no place: nothing is decoded
+        assert not decoded
+        large = httpx.post(f"{url}/v1/rollouts", json=body(1, patches=40))  # as it was sent, and then its patches
+        assert large.status_code == 413 and "ask in portions" in large.json()["error"]["message"]
+        assert not decoded.pop().name.endswith("(run)")  # the thread of the event loop
+        with httpx.stream("POST", f"{url}/v1/rollouts", json=body(2, patches=24)):
+            full = httpx.post(f"{url}/v1/rollouts", json=body(3, patches=24))
+            assert full.status_code == 429 and int(full.headers["retry-after"]) > 0
+            assert "bytes already" in full.json()["error"]["message"]
+            engine.slots = 1
+        again = body(3, patches=24)
+        assert fake.until(lambda: httpx.post(f"{url}/v1/rollouts", json=again).status_code == 200)  # all was given back
+
+
 @pytest.mark.parametrize("wait", [0.0, 0.2])
 def test_a_client_that_leaves_frees_the_engine_and_the_queue(wait):
     engine = fake.FakeEngine(delay=0.1, slots=1)
@@ -174,13 +202,36 @@ def test_metrics_are_what_prometheus_reads():
     assert 'ares_sampler_answers_total{path="other",status="401"} 1.0' in text
 
 
-def test_sigterm_lets_running_groups_finish(tmp_path):
-    process, url = start(tmp_path, delay=0.1)
+def test_sigterm_lets_what_runs_finish_and_refuses_newcomers(tmp_path):
+    process, url = start(tmp_path, delay=0.5, drain=60, chats=True)
     answers = []
-    ask = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/v1/rollouts", json=body(*range(10)))))
-    ask.start()
-    time.sleep(0.4)
-    process.send_signal(signal.SIGTERM)
+    ask = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/v1/rollouts", json=body(*range(6)), timeout=60)))
+    chat = {"model": "m", "messages": [{"role": "user", "content": "Add."}], "stream": True, "max_tokens": 5}
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=chat, timeout=60) as stream:
+        lines = stream.iter_lines()
+        assert "assistant" in next(lines)  # it has begun
+        ask.start()
+        time.sleep(0.4)
+        process.send_signal(signal.SIGTERM)
+        assert fake.until(lambda: httpx.get(f"{url}/health").status_code == 503)
+        refused = httpx.post(f"{url}/v1/chat/completions", json=chat)
+        assert refused.status_code == 503 and refused.json() == {"error": "the sampler is stopping; ask another one"}
+        assert httpx.post(f"{url}/v1/rollouts", json=body(9)).status_code == 503
+        assert [line for line in lines if line][-1] == "data: [DONE]"
     ask.join()
-    assert len(answers[0].text.splitlines()) == 10
-    assert process.wait(10) == 0
+    assert len(answers[0].text.splitlines()) == 6
+    assert process.wait(60) == 0
+
+
+def test_what_runs_longer_than_the_drain_is_cut_off(tmp_path):
+    process, url = start(tmp_path, delay=0.1, drain=0.5)
+    with httpx.stream("POST", f"{url}/v1/rollouts", json=body(*range(500))) as answer:
+        lines = answer.iter_lines()
+        assert json.loads(next(lines))
+        process.send_signal(signal.SIGTERM)
+        count = 1
+        with contextlib.suppress(httpx.HTTPError):  # it breaks off
+            for _ in lines:
+                count += 1
+    assert 3 <= count < 400
+    assert process.wait(60) == 0

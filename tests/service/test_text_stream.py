@@ -1,9 +1,12 @@
 """Text as it is drawn: the same as all at once, and never a part of a stop string."""
 
 import hypothesis.strategies as st
+import numpy as np
 from hypothesis import given, settings
 
-from ares_jax.service.text_stream import TextStream, token_bytes
+from ares_jax.sampling.stops import stop_bytes, tokens_until_stop
+from ares_jax.service.text_stream import TextStream
+from data_pipeline.tokenizer import token_bytes
 from tests import digits
 
 TOKENIZER = digits.encoder().tokenizer
@@ -41,6 +44,10 @@ def test_the_text_ends_before_the_first_stop_string(text, stops):
         assert got == text.split(stops[0])[0]
     if not stopped:
         assert got == text
+    ended = tokens_until_stop(np.array(ids, int), stop_bytes(stops), TABLE, seen=0)
+    assert ended == (len(pieces) if stopped else None)  # the engine ends a leaf with the same token
+    for seen in range(ended or len(ids)):
+        assert tokens_until_stop(np.array(ids, int), stop_bytes(stops), TABLE, seen=seen) == ended
 
 
 def test_text_is_held_back_only_while_it_may_be_a_stop_string():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save
@@ -68,6 +69,27 @@ def test_nothing_outside_the_roots_is_looked_at(tmp_path, monkeypatch):
         weights.find(str(inside / "a.safetensors"), [])
 
 
+def test_a_bucket_is_a_root_too_and_nothing_in_a_name_leads_out_of_it(tmp_path, monkeypatch):
+    roots = [tmp_path, epath.Path("gs://bucket/runs/"), epath.Path("gs://other")]
+    for uri in ("gs://bucket/runs/mine/7/params", "gs://other/a.b=c"):
+        assert weights.find(uri, roots).as_posix() == uri
+    for uri in ("gs://bucket/secret", "gs://bucket/runs", "gs://bucket/runs2/x", "gs://bucket/runs/../secret", "gs://x/a",
+                "gs://bucket/runs//x", "gs://bucket/runs/%2e%2e/secret", "gs://bucket/runs/./x", "gs://bucket/runs/.x",
+                "gs://bucket/runs/a?b", "gs://bucket/runs/a#b", "GS://bucket/runs/a\\..", "gs://"):  # fmt: skip
+        with pytest.raises(PermissionError, match="sampler.weight_roots"):
+            weights.find(uri, roots)
+    for uri in ("s3://bucket/runs/x", "http://bucket/runs/x"):
+        with pytest.raises(UserError, match="a weight root's"):
+            weights.find(uri, roots)
+    read = []
+    monkeypatch.setattr(weights, "read", lambda path, specs: read.append(path.as_posix()) or stored(5))
+    engine = fake.FakeEngine()
+    with fake.serving(engine, weight_roots=roots) as url:
+        answer = httpx.post(f"{url}/v1/weights", json={"uri": "gs://bucket/runs/mine/7", "version": 4})
+    assert answer.json() == {"policy_version": 4} and (engine.weights["w"] == 5).all()
+    assert read == ["gs://bucket/runs/mine/7"]
+
+
 def test_files_and_checkpoints_are_read_and_must_fit(tmp_path):
     (tmp_path / "w.safetensors").write_bytes(save(stored(2)))
     manager = Checkpoints(tmp_path / "aepo")
@@ -105,6 +127,12 @@ def test_the_endpoint_loads_by_path_within_its_roots(tmp_path):
         assert engine.policy_version == 4 and (engine.weights["w"] == 2).all() and not engine.finish
         assert post(tmp_path / "w.safetensors", in_flight="finish").status_code == 200 and engine.finish
         assert post(tmp_path / "w.safetensors", in_flight="drop").status_code == 422
+        older = post(tmp_path / "w.safetensors", version=3)
+        assert older.status_code == 409 and "version 3, but 4 is here" in older.json()["detail"]
+        assert post(tmp_path / "w.safetensors", version=3, force=True).json() == {"policy_version": 3}
+        body = (tmp_path / "w.safetensors").read_bytes()
+        assert httpx.put(f"{url}/v1/weights?version=2", content=body).status_code == 409
+        assert httpx.put(f"{url}/v1/weights?version=2&force=true", content=body).json() == {"policy_version": 2}
         hidden, absent = post("/etc/passwd"), post("/etc/absent")
         assert hidden.status_code == absent.status_code == 403
         assert hidden.json()["detail"].replace("passwd", "") == absent.json()["detail"].replace("absent", "")

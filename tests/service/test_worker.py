@@ -1,9 +1,10 @@
 """The thread that owns the engine: errors, cancellation, and the order of commands."""
 
+import numpy as np
 import pytest
 
 from ares_jax.errors import UserError
-from ares_jax.service.worker import Worker
+from ares_jax.service.worker import ConflictError, Worker
 from tests.service import fake
 
 
@@ -36,6 +37,22 @@ def test_a_broken_engine_fails_all_and_the_worker_says_why(worker):
         with pytest.raises(RuntimeError, match="boom"):
             later.result(5)
     assert "boom" in worker.failure
+
+
+def test_weights_that_others_overtake_are_not_told_to_be_in_use(worker, engine):
+    flat = {"w": np.ones((3, 2), np.float32)}
+    engine.weights_wait = True  # for what was begun
+    first, second = (worker.load_weights(flat, version, finish=True) for version in (3, 4))
+    with pytest.raises(ConflictError, match="version 3 waited until version 4 came"):
+        first.result(5)
+    with pytest.raises(ConflictError, match="version 2, but 4 is here"):
+        worker.load_weights(flat, 2).result(5)
+    assert not second.done()
+    engine.weights_wait = False
+    worker.rollout(fake.request(1)).result(5)
+    assert second.result(5) == 4
+    assert worker.load_weights(flat, 4).result(5) == 4  # once more
+    assert worker.load_weights(flat, 2, force=True).result(5) == engine.policy_version == 2
 
 
 def test_a_cancelled_group_leaves_the_engine(worker, engine):
