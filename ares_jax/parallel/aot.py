@@ -1,6 +1,7 @@
 """Ahead of time: the real programs through the TPU's own compiler, on shapes, without a TPU and without weights."""
 
 import functools
+import math
 import multiprocessing
 import os
 import pickle
@@ -27,6 +28,7 @@ from ares_jax.models.qwen2_5_vl import Qwen25VLConfig, VisionInputs
 from ares_jax.models.qwen2_5_vl.model import Qwen25VL, abstract_model
 from ares_jax.models.qwen2_5_vl.paged import cache_spec, cached_heads
 from ares_jax.parallel.chips import TPUS
+from ares_jax.parallel.distributed import piece_shape
 from ares_jax.parallel.hlo import Work, work
 from ares_jax.parallel.sharding import Placement, batch_sharding, make_mesh, place_model
 from ares_jax.sampling.programs import Programs, Prompts, Rows
@@ -140,6 +142,13 @@ def _fine_tuning(config: ConfigDict, shape: Qwen25VLConfig, devices: Sequence[An
     state = abstract_state(to_flat(model), optimizer, place, trained)
     resident, programs = _resident(state, batch, trained, reference=bool(guided)), update.lower(state, batch)
     return _while_running(programs, resident), programs
+
+
+def largest_piece(config: ConfigDict, shape: Qwen25VLConfig, devices: Sequence[Any]) -> int:
+    """Returns the bytes of a parameter that every chip holds whole at a time while weights are handed to the sampler."""
+    model, place = _placed(config, shape, devices)
+    params = place.abstract(to_flat(model))
+    return max(math.prod(piece_shape(x.shape, x.dtype, x.sharding)) * x.dtype.itemsize for x in params.values())
 
 
 def sampler_programs(
