@@ -287,8 +287,7 @@ def assumptions(chip: Chip) -> str:
     return (
         f"Bounds, not measurements: {chip.flops / 1e12:.0f} bf16 TFLOP/s, {chip.bandwidth / 1e9:.0f} GB/s of memory and "
         f"{chip.link / 1e9:.0f} GB/s sent over all links (datasheet), all reached. Every row is one full segment. Loops "
-        "count as often as they run, those whose length the program does not say not at all; attention's kernels and tiles "
-        "by hand. Moved: what each fused step reads and writes."
+        "count as often as they run; attention's kernels and tiles by hand. Moved: what each fused step reads and writes."
     )
 
 
