@@ -46,6 +46,11 @@ def _engine(workspace: Workspace) -> Engine:
     return workspace.engine(params)
 
 
+def _tell_start() -> None:
+    if line := STARTUP.told("engine and server"):
+        print(line, flush=True)
+
+
 def main(config: ConfigDict, workdir: Path) -> None:
     if _PARENT.value:
         die_with(_PARENT.value)
@@ -58,7 +63,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
         make_chat_format=lambda: ChatFormat(workspace().encoder, max_prompt_tokens=config.sampler.max_prompt_tokens),
         image_hosts=tuple(config.sampler.image_hosts),
         weight_roots=[workdir / "checkpoints", *map(Path, config.sampler.weight_roots)],
-        transfers=config.sampler.transfers, on_ready=lambda: print(STARTUP.told("engine and server"), flush=True),
+        transfers=config.sampler.transfers, on_ready=_tell_start,
     )  # fmt: skip
 
 

@@ -120,7 +120,7 @@ class Trainer:
     """Holds what one run of AEPO holds; `run` is the loop."""
 
     def __init__(self, workspace: Workspace):
-        """Opens the run. Raises `UserError` as `check` does, without weights to begin with, or if a checkpoint is damaged."""
+        """Opens the run. Raises `UserError` as `check` does, with nothing to begin with, or a damaged checkpoint."""
         self.workspace = workspace
         self.config, self.aepo = workspace.config, workspace.config.aepo
         a = self.aepo

@@ -5,7 +5,11 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
+from absl.testing import flagsaver
 
+from ares_jax import serve
+from ares_jax.lifecycle.startup import Startup
 from ares_jax.models.params import to_flat
 from ares_jax.models.qwen2_5_vl import VisionInputs
 from ares_jax.parallel import aot
@@ -44,3 +48,16 @@ def test_a_training_steps_programs_name_their_scopes():
     gradients = scopes(programs["more"]())
     assert {"text", "vision", "project", "attention", "mlp", "log_probs"} <= gradients and "optimizer" not in gradients
     assert "optimizer" in scopes(programs["apply"]())
+
+
+def test_a_service_lets_a_trace_be_fetched_and_tells_its_start(monkeypatch, tmp_path, capsys):
+    ports: list[int] = []
+    monkeypatch.setattr(jax.profiler, "start_server", ports.append)
+    monkeypatch.setattr(serve, "STARTUP", Startup())
+    monkeypatch.setattr(serve, "run_server", lambda make_engine, **options: options["on_ready"]())
+    flags.FLAGS.mark_as_parsed()
+    serve.main(get_config(), tmp_path)
+    with flagsaver.flagsaver(profile_port=9012):
+        serve.main(get_config(), tmp_path)
+    assert ports == [9012]
+    assert capsys.readouterr().out.count("start-up: engine and server ") == 1

@@ -115,14 +115,15 @@ def test_out_of_memory_says_what_to_change_and_leaves_a_profile(tmp_path):
     assert (tmp_path / "memory.0.prof").stat().st_size > 0
 
 
-def test_what_to_change_when_memory_is_short_can_be_typed():
+def test_what_to_change_when_memory_is_short_can_be_typed(monkeypatch):
     """Each alone, into the real config: the checks, the model and the optimizer take it."""
     typed = re.findall(r"--config\.\S+=[\w-]+", ADVICE)
     assert len(typed) > 7
     for text in typed:
         values = flags.FlagValues()
         config_flags.DEFINE_config_file("config", flag_values=values)
-        values(["", "--config=configs/qwen2_5_vl_7b_aepo.py", "--config.aepo.staleness=0", text])
+        monkeypatch.setattr(sys, "argv", ["", "--config=configs/qwen2_5_vl_7b_aepo.py", "--config.aepo.staleness=0", text])
+        values(sys.argv)
         config = values.config
         check(config)
         check_rows(config, 64, 16)

@@ -84,7 +84,7 @@ def test_a_mesh_must_fill_the_devices():
     "spec, target, piece",
     [
         ((None, "tensor", "fsdp"), (None, "tensor", None), (2, 6, 8)),  # two layers of seven
-        (("tensor", None, "fsdp"), (None, None, "tensor"), (8, 2, 8)),  # two of the six
+        (("tensor", None, "fsdp"), (None, None, "tensor"), (8, 1, 8)),  # one of six
         (("tensor", "sequence", "fsdp"), ("tensor", None, None), (8, 6, 8)),  # nothing is left to cut
         ((None, None, None), (None, "tensor", None), (8, 6, 8)),  # whole anyway
     ],
