@@ -78,7 +78,7 @@ def topology_devices(name: str) -> Sequence[Any]:
     except Exception as error:
         reason = str(error).splitlines()[0][:200]
         raise UserError(
-            f"--topology={name}: the TPU compiler has no such slice ({reason}); it needs `pip install libtpu`"
+            f"--topology={name}: the TPU compiler has no such slice ({reason}); it needs `pip install libtpu==0.0.42.1`"
         ) from None
 
 
@@ -319,7 +319,7 @@ def compile_lowered(lowered: jax.stages.Lowered, resident: dict[str, int]) -> Co
     """Compiles and counts. `resident`: what lies in memory meanwhile, by name, in bytes of a chip."""
     begin = time.time()
     with tempfile.TemporaryDirectory() as folder:
-        # The compiler writes its program down itself: jaxlib 0.10.2 cannot read asynchronous collectives of libtpu 0.0.51.
+        # The compiler writes its program down itself: jaxlib 0.10.2 cannot read asynchronous collectives of a newer libtpu.
         options: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
             memory: Any = lowered.compile(compiler_options=options).memory_analysis()
