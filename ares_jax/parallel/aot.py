@@ -30,6 +30,7 @@ from ares_jax.models.qwen2_5_vl.paged import cache_spec, cached_heads
 from ares_jax.parallel.chips import TPUS
 from ares_jax.parallel.distributed import piece_shape
 from ares_jax.parallel.hlo import Work, work
+from ares_jax.parallel.micro_batch import row_count
 from ares_jax.parallel.sharding import Placement, batch_sharding, make_mesh, place_model
 from ares_jax.sampling.programs import Programs, Prompts, Rows
 from ares_jax.sampling.shapes import prompt_sizes, prompts_together
@@ -214,8 +215,8 @@ def batch_shapes(config: ConfigDict, place: Placement, extras: Mapping[str, Any]
         "patch_frame_ids": ((p.row_patches,), np.int32),
         **{name: ((p.row_tokens,), dtype) for name, dtype in extras.items()},
     }  # fmt: skip
-    rows = batch_sharding(place.mesh)
-    return {name: jax.ShapeDtypeStruct((p.rows, *s), dtype, sharding=rows) for name, (s, dtype) in shapes.items()}
+    rows, split = row_count(p.rows, place.mesh.shape), batch_sharding(place.mesh)
+    return {name: jax.ShapeDtypeStruct((rows, *s), dtype, sharding=split) for name, (s, dtype) in shapes.items()}
 
 
 def _placed(

@@ -189,7 +189,7 @@ def _pieces(value: jax.Array) -> Iterator[tuple[tuple[int, ...], jax.Array]]:
 def local_parts(value: jax.Array, sharding: NamedSharding) -> jax.Array:
     """Returns a copy of an array, laid out over devices of this host that hold a part of it: no disk, no host memory."""
     places = sharding.addressable_devices_indices_map(value.shape)
-    first = {device: [s.start or 0 for s in index] for device, index in places.items()}
+    first = {device: [s.start or 0 for s in index or ()] for device, index in places.items()}
     ours = sharding.shard_shape(value.shape)
     parts = {device: jnp.zeros(ours, value.dtype, device=device) for device in places}
     for start, piece in _pieces(value):
