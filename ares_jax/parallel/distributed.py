@@ -191,7 +191,7 @@ def local_parts(value: jax.Array, sharding: NamedSharding) -> jax.Array:
     places = sharding.addressable_devices_indices_map(value.shape)
     first = {device: [s.start or 0 for s in index or ()] for device, index in places.items()}
     ours = sharding.shard_shape(value.shape)
-    parts = {device: jnp.zeros(ours, value.dtype, device=device) for device in places}
+    parts: dict[jax.Device, jax.Array] = {}
     for start, piece in _pieces(value):
         whole = {shard.device: shard.data for shard in piece.addressable_shards}
         for device, origin in first.items():
@@ -201,10 +201,14 @@ def local_parts(value: jax.Array, sharding: NamedSharding) -> jax.Array:
             if any(a >= b for a, b in zip(low, high, strict=True)):
                 continue
             cut = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))
-            place = [a - b for a, b in zip(low, origin, strict=True)]
-            parts[device] = _put_in(parts[device], whole[device][cut], place)
+            own = whole[device][cut]
+            if own.shape == ours:
+                parts[device] = own.copy()  # all of it may be the very array
+                continue
+            so_far = parts[device] if device in parts else jnp.zeros(ours, value.dtype, device=device)
+            parts[device] = _put_in(so_far, own, [a - b for a, b in zip(low, origin, strict=True)])
         jax.block_until_ready(list(parts.values()))
-    return jax.make_array_from_single_device_arrays(value.shape, sharding, list(parts.values()))
+    return jax.make_array_from_single_device_arrays(value.shape, sharding, [parts[device] for device in places])
 
 
 def to_host(value: jax.Array) -> np.ndarray:

@@ -173,6 +173,12 @@ def test_what_lies_beside_the_learner_is_counted():
     assert aot._fine_tuning(config, shape, mesh)[0]["more"]["optimizer"] < small["more"]["optimizer"] / 50
 
 
+def test_loops_that_are_not_counted_are_told():
+    for unknown in (0, 2):
+        program = aot.Compiled({"parameters": GIB}, 0, 0, 0, Work(unknown_loops=unknown), 0.0, "")
+        assert ("loops not counted" in table({"more": program}, {}, TPUS["v5p"])) == bool(unknown)
+
+
 def test_learner_and_sampler_of_one_chip_are_added_up():
     config, chip = planned("7b"), TPUS["v5p"]
 
