@@ -74,8 +74,10 @@ def default_config() -> ConfigDict:
     d.min_pixels, d.max_pixels = 262_144, 4_194_304  # of an image or a video's frame once scaled (paper, section 5)
 
     s = c.sampler = ConfigDict()
-    s.url = ""  # address of a running `ares_jax.serve`; empty: the command starts one as its own process
-    s.colocated = False  # draw in the learner's own processes, one engine a host; weights go from device to device
+    s.url = ""  # address of a running `ares_jax.serve`; empty: the command starts one as its own process (on a CPU)
+    # Draw in the learner's own processes, one engine a host; weights go from device to device. On a TPU or a GPU this is so
+    # wherever there is no url
+    s.colocated = False
     # Devices of a host over which the sampler's model and cache are split, by heads, hidden units and vocabulary: as many
     # as the weights need, for memory
     s.tensor = 1

@@ -75,6 +75,17 @@ def read_jsonl(path: Path) -> list[dict]:
     return records
 
 
+def goodput_sentence(metrics: Iterable[Mapping[str, float | None]]) -> str:
+    """Returns what a stage's last `goodput` says; nothing where there is none."""
+    shares = [line["goodput"] for line in metrics if line.get("goodput") is not None]
+    if not shares:
+        return ""
+    return (
+        f"Goodput {shares[-1]:.0%}: that much of the time since AEPO was first begun, interruptions included, went into "
+        "steps that count; a first step, which compiles, validation and saving do not."
+    )
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Writes `text` to `path`, whole or not at all. Of several processes the first writes."""
     if not is_first():

@@ -289,8 +289,7 @@ def assumptions(chip: Chip) -> str:
     return (
         f"Bounds, not measurements: {chip.flops / 1e12:.0f} bf16 TFLOP/s, {chip.bandwidth / 1e9:.0f} GB/s of memory and "
         f"{chip.link / 1e9:.0f} GB/s sent over all links (datasheet), all reached. Every row is one full segment. Loops "
-        "count as often as they run, those whose length the program does not say not at all; attention's kernels and tiles "
-        "by hand. Moved: what each fused step reads and writes."
+        "count as often as they run; attention's kernels and tiles by hand. Moved: what each fused step reads and writes."
     )
 
 
@@ -331,19 +330,22 @@ def report(config: ConfigDict, shape: Qwen25VLConfig, name: str) -> Iterator[str
             f"longest sequences, the memory has room for {pages} pages, {pages // longest} such sequences"
         )
         if not any(x.refused for x in learner.values()):
-            yield colocated(config, learner, sampler, chip)
+            yield colocated(config, learner, sampler, chip, aot.largest_piece(config, shape, devices))
 
 
-def colocated(config: ConfigDict, learner: dict[str, Compiled], sampler: dict[str, Compiled], chip: Chip) -> str:
+def colocated(
+    config: ConfigDict, learner: dict[str, Compiled], sampler: dict[str, Compiled], chip: Chip, piece: int
+) -> str:
     """Returns what a chip takes that learner and sampler share (`sampler.colocated`), and what to do if it has less.
 
-    With `aepo.staleness` they work at the same time; and while weights are handed over the sampler has them twice.
+    With `aepo.staleness` they work at the same time; and while weights are handed over, in pieces of at most `piece` bytes,
+    the sampler has them twice.
     """
     learns, draws = (max(p.peak for p in programs.values()) for programs in (learner, sampler))
     state = sum(learner["apply"].resident.values()) - learner["apply"].resident["gradients"]
     weights, cache = (sampler["decode"].resident[name] for name in ("parameters", "KV pages"))
     both = learns + draws if config.aepo.staleness else max(learns + weights + cache, state + draws)
-    both = max(both, state + 2 * weights + cache)
+    both = max(both, state + 2 * weights + cache + 2 * piece)  # one whole, and the part of it that is written
     fits = both <= chip.usable * _GIB
     remedy = "" if fits else ": more sampler.tensor, fewer sampler.pages, or samplers elsewhere (sampler.url)"
     return (

@@ -8,7 +8,8 @@ from ml_collections import ConfigDict
 from ares_jax import cli
 from ares_jax.aepo.trainer import Trainer
 from ares_jax.lifecycle.startup import STARTUP
-from ares_jax.metrics import stage
+from ares_jax.metrics import goodput_sentence, read_jsonl, stage
+from ares_jax.parallel.distributed import is_first
 from ares_jax.parallel.micro_batch import check_rows
 from ares_jax.workspace import open_workspace
 
@@ -27,6 +28,8 @@ def main(config: ConfigDict, workdir: Path) -> None:
     with stage(workdir, "AEPO") as record, workspace.sampler() as client:
         record["tokens"] = trainer.run(client)
     print(f"AEPO: weights in {workdir / 'checkpoints' / 'aepo'}")
+    if is_first():
+        print(goodput_sentence(read_jsonl(trainer.folder / "metrics.jsonl")))
 
 
 if __name__ == "__main__":

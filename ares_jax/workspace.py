@@ -139,6 +139,15 @@ class Workspace:
             raise UserError(f"{manager.folder}: no checkpoint yet; run `python -m ares_jax.{command}` first")
         return manager.restore_params(step, self.placement.abstract(to_flat(self.model)))
 
+    def params_for_aepo(self) -> Params:
+        """Returns the weights that AEPO starts from: the cold start's, or the published ones where there was none."""
+        pretrained = self.config.model.pretrained
+        if not pretrained or self.checkpoints("cold_start").latest() is not None:
+            return self.params("cold_start")
+        if is_first():
+            print(f"AEPO: no cold start in {self.folder}; it starts from {pretrained} as it is", flush=True)
+        return self.initial_params()
+
     def load(self, stage: str) -> Qwen25VL:
         """Returns the model with the newest weights of a stage, LoRA merged."""
         return self.merged_model(self.params(stage))
@@ -165,12 +174,15 @@ class Workspace:
 
     @contextmanager
     def sampler(self) -> Iterator[Sampler]:
-        """Yields this process's sampler: one of those at `sampler.url`, or its own engine, or a service that it starts.
+        """Yields this process's sampler: one of those at `sampler.url`, or its own engine (`colocated`), or a service that
+        it starts.
 
-        Raises `UserError` if several processes would each start a service on devices that they hold themselves.
+        Raises `UserError` if several processes would each start a service.
         """
         s = self.config.sampler
-        if s.colocated:
+        if colocated(self.config):
+            if not s.colocated and is_first():
+                print("sampler: no sampler.url, so it is in the learner's own process, with which it shares the devices")
             yield LocalSampler(self.own_engine())
             return
         if s.url:
@@ -220,6 +232,15 @@ class Workspace:
         return self.engine(
             {name: jnp.zeros(x.shape, x.dtype, device=places[name]) for name, x in to_flat(self.model).items()}
         )
+
+
+def colocated(config: ConfigDict) -> bool:
+    """Returns whether rollouts are drawn in the learner's own processes: if they shall be, or if there is no other way.
+
+    On a TPU or a GPU a second process would find the devices, or their memory, taken.
+    """
+    s = config.sampler
+    return s.colocated or (not s.url and jax.default_backend() != "cpu")
 
 
 def sampler_mesh(config: ConfigDict) -> jax.sharding.Mesh:

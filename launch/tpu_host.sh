@@ -14,7 +14,7 @@ fi
 uv=$HOME/.local/bin/uv
 [[ -x $uv ]] || curl -LsSf https://astral.sh/uv/install.sh | sh
 [[ -x .venv/bin/python ]] || "$uv" venv --quiet --python 3.11 .venv
-"$uv" pip install --quiet --python .venv/bin/python -r requirements.txt 'jax[tpu]'
+"$uv" pip install --quiet --python .venv/bin/python -r requirements.txt 'jax[tpu]' libtpu==0.0.42.1
 
 if ! command -v gcsfuse >/dev/null; then # from Google's own packages: Ubuntu has none
   key=/usr/share/keyrings/cloud.google.asc

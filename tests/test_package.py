@@ -60,6 +60,15 @@ def test_the_extra_for_tests_is_the_file_for_tests():
     assert set(extras) == {"tpu", "cuda", "gcs", "eval", "test"}
 
 
+def test_the_compiler_that_plans_is_the_one_that_runs():
+    """One libtpu: that of the tests, of the extra and of the launchers, which this JAX's own extra takes."""
+    (asked,) = [r for r in map(Requirement, importlib.metadata.requires("jax")) if r.name == "libtpu"]
+    places = ("pyproject.toml", "requirements-test.txt", "launch/Dockerfile", "launch/tpu_host.sh", "docs/pods.md")
+    found = [version for name in places for version in re.findall(r"libtpu==([\d.]+)", (ROOT / name).read_text())]
+    assert len(found) == len(places) + 1 and len(set(found)) == 1 and found[0] in asked.specifier
+    assert f"libtpu {found[0]}," in (ROOT / "docs" / "plan.md").read_text()
+
+
 def requirements(name):
     """The lines of a requirements file, without its comments, and its comments."""
     lines = [line.partition("#") for line in (ROOT / name).read_text().splitlines()]

@@ -109,6 +109,17 @@ def test_every_stage_is_evaluated_and_reported(workdir):
     assert page.count("Not yet measured.") == 0 and "cold start" in page
 
 
+def test_aepo_begins_with_published_weights_where_there_is_no_cold_start(workdir, tmp_path):
+    folder = tmp_path / "direct"
+    result = command("train", folder, **{"model.pretrained": workdir / "export", "aepo.steps": 1})
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert f"AEPO: no cold start in {folder}; it starts from {workdir / 'export'} as it is" in result.stdout
+    assert "Goodput " in result.stdout and "start-up: imports" in result.stdout
+    first, last = (read_jsonl(run / "aepo" / "metrics.jsonl")[at] for run, at in ((folder, 0), (workdir, -1)))
+    assert first["validation/length/easy"] == last["validation/length/easy"]  # the same model, the same seeds
+    assert [record["step"] for record in read_jsonl(folder / "aepo" / "metrics.jsonl")] == [0, 1]
+
+
 def test_the_export_is_the_model(workdir):
     workspace = open_workspace(get_config(str(workdir / "config.json")), workdir)
     theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(workdir / "export").eval()

@@ -43,7 +43,7 @@ from ares_jax.parallel.distributed import gather, interleaved, is_first, joint_p
 from ares_jax.sampling.requests import derive_seed, rollout_request
 from ares_jax.sampling.trajectory import RolloutGroup
 from ares_jax.training import abstract_state, initial_state, make_optimizer, make_schedule, trainable
-from ares_jax.workspace import Workspace, everyone
+from ares_jax.workspace import Workspace, colocated, everyone
 from data_pipeline.images import to_data_url
 from data_pipeline.packing import MERGED, Segment, padding_share
 from data_pipeline.prompts import Prompt
@@ -89,7 +89,7 @@ def check(config: ConfigDict) -> None:
     for name, choices in _CHOICES.items():
         if values[name] not in choices:
             raise UserError(f"aepo.{name}={values[name]!r} is not one of {', '.join(map(str, choices))}")
-    if a.staleness and s.colocated and s.tensor > 1:
+    if a.staleness and s.tensor > 1 and colocated(config):
         # Two threads would start programs of several chips, in any order on each; and sharing chips, neither is faster.
         raise UserError(
             f"aepo.staleness={a.staleness}: a colocated sampler over sampler.tensor={s.tensor} devices can only draw while "
@@ -120,7 +120,7 @@ class Trainer:
     """Holds what one run of AEPO holds; `run` is the loop."""
 
     def __init__(self, workspace: Workspace):
-        """Opens the run. Raises `UserError` as `check` does, if there is no cold start, or a checkpoint is damaged."""
+        """Opens the run. Raises `UserError` as `check` does, with nothing to begin with, or a damaged checkpoint."""
         self.workspace = workspace
         self.config, self.aepo = workspace.config, workspace.config.aepo
         a = self.aepo
@@ -144,7 +144,7 @@ class Trainer:
         encoder = HoldingOut(workspace.encoder, held_out(workspace.folder / "cold_start"))
         self.prompts = workspace.stream(workspace.problems("train"), encoder, seed=self.config.seed + 1)
         self.checkpoints = workspace.checkpoints("aepo")
-        start = workspace.params("cold_start")
+        start = workspace.params_for_aepo()
         # What is not trained is never another's. A copy: the update donates its buffers.
         copy = to_host if a.kl.reference == "host" else jnp.copy
         self.reference = {name: copy(value) for name, value in start.items() if trained(name)} if a.kl.weight else None

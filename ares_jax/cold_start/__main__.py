@@ -18,6 +18,7 @@ from ares_jax.cold_start.sft import example, fine_tune
 from ares_jax.cold_start.teacher import check as check_teacher
 from ares_jax.cold_start.teacher import longest_trace, normalised_traces, teacher_responses
 from ares_jax.errors import UserError
+from ares_jax.lifecycle.startup import STARTUP
 from ares_jax.metrics import stage
 from ares_jax.parallel.distributed import from_first
 from ares_jax.parallel.micro_batch import check_rows, share_of
@@ -56,9 +57,19 @@ def main(config: ConfigDict, workdir: Path) -> None:
     if c.warmup_steps:
         with stage(workdir, "warm-up fine-tuning") as record:
             record["tokens"] = _warm_up(workspace)
-    folder = workdir / "cold_start"
     choice = np.random.default_rng([config.seed, 1]).permutation(len(workspace.problems("train")))
     indices = np.sort(choice[: c.pass_rate_problems]).tolist()
+    with STARTUP.apart():
+        selected = _selected(workspace, indices)
+    with stage(workdir, "cold-start fine-tuning") as record:
+        record["tokens"] = _fine_tune(workspace, selected)
+    print(f"cold start: {len(selected)} problems of {len(indices)}, weights in {workdir / 'checkpoints' / 'cold_start'}")
+
+
+def _selected(workspace: Workspace, indices: list[int]) -> list[tuple[int, str, int]]:
+    """Measures pass rates, gets teacher traces, curates. Returns what is learned: (problem, trace, difficulty)."""
+    workdir, c = workspace.folder, workspace.config.cold_start
+    folder = workdir / "cold_start"
     with stage(workdir, "pass rates") as record:
         records = _pass_rates(workspace, indices, folder / "pass_rates.jsonl")
         record["tokens"] = sum(r["tokens"] for r in records)
@@ -75,7 +86,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
             f"no problem has a usable teacher trace (verdicts: {verdicts}); {folder / 'rejects.jsonl'} has them all"
         )
     pool = candidates(usable, traces)
-    choices = curate(pool, c.selected, config.seed)
+    choices = curate(pool, c.selected, workspace.config.seed)
     problems = {
         "asked": len(indices), "measured": len(records), "held out for hard validation": len(hard),
         "without a usable trace": len(records) - len(usable) - len(hard), "selected": len(choices),
@@ -83,11 +94,9 @@ def main(config: ConfigDict, workdir: Path) -> None:
     write_report(folder, curation_report(pool, choices, {"verdicts": verdicts, "problems": problems}))
     print(f"cold start: teacher responses: {', '.join(f'{count} {name}' for name, count in verdicts.items())}")
     chosen = [(usable[choice.candidate], choice.trace) for choice in choices]
-    levels = [int(bucket(r["correct"], r["samples"], config.aepo.difficulty_rule)) for r, _ in chosen]
-    selected = [(r["index"], traces[r["index"]][i].text, level) for (r, i), level in zip(chosen, levels, strict=True)]
-    with stage(workdir, "cold-start fine-tuning") as record:
-        record["tokens"] = _fine_tune(workspace, selected)
-    print(f"cold start: {len(selected)} problems of {len(records)}, weights in {workdir / 'checkpoints' / 'cold_start'}")
+    rule = workspace.config.aepo.difficulty_rule
+    levels = [int(bucket(r["correct"], r["samples"], rule)) for r, _ in chosen]
+    return [(r["index"], traces[r["index"]][i].text, level) for (r, i), level in zip(chosen, levels, strict=True)]
 
 
 def _pass_rates(workspace: Workspace, indices: list[int], path: Path) -> list[dict]:

@@ -6,6 +6,14 @@ import jax
 
 from ares_jax.errors import UserError
 
+ADVICE = (
+    "In this order: --config.model.remat=full, then --config.model.remat=offload (TPU, GPU); --config.packing.rows=0 (as "
+    "few as the mesh takes); fewer packing.row_tokens (a prompt and its response must fit); --config.mesh.fsdp=-1 over more "
+    "devices, or --config.mesh.tensor=4 (of a host); --config.optimizer.mu_dtype=bfloat16; --config.aepo.kl.reference=host; "
+    "--config.lora.rank=16. Where the sampler shares the devices: --config.sampler.tensor=4 (of a host), with "
+    "--config.aepo.staleness=0; fewer sampler.pages or sampler.slots; or samplers elsewhere (sampler.url)"
+)
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Returns whether XLA, at compilation or at run time, found too little memory."""
@@ -22,6 +30,5 @@ def explained(error: BaseException, folder: Path) -> UserError:
         profile = ""
     reason = str(error).strip().splitlines()[0][:200]
     return UserError(
-        f"out of device memory ({reason}){profile}. In this order: model.remat=True, fewer packing.rows or row_tokens, a "
-        "larger mesh.fsdp, optimizer.mu_dtype=bfloat16, aepo.kl.reference=host; for the sampler fewer sampler.pages or slots"
+        f"out of device memory ({reason}){profile}. {ADVICE}"
     )

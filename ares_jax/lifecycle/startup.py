@@ -1,6 +1,8 @@
-"""Where the time from the command to its first step went."""
+"""Where the time from the command to its first step, or to a service's first answer, went."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -24,11 +26,19 @@ class Startup:
             self._parts[part] = self._parts.get(part, 0.0) + now - self._last
             self._last = now
 
-    def first_step(self) -> str | None:
-        """Returns the line to print after the first step; None after all others."""
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What happens inside is no start-up: neither its time nor what it compiles."""
+        begin, compiled = time.time(), self._compiled
+        yield
+        self._last += time.time() - begin
+        self._compiled = compiled
+
+    def told(self, part: str = "first step") -> str | None:
+        """Says that `part`, the last one, ends now. Returns the line to print; None ever after."""
         if self._parts is None:
             return None
-        self.mark("first step")
+        self.mark(part)
         parts, self._parts = self._parts, None
         texts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in parts.items())
         return f"start-up: {texts}: {sum(parts.values()):.1f} s, of it compilation {self._compiled:.1f} s"

@@ -48,7 +48,7 @@ class Steps:
         if self._warm:
             self._useful += time.time() - begin
         self._warm = True
-        if (line := STARTUP.first_step()) and is_first():
+        if (line := STARTUP.told()) and is_first():
             print(line, flush=True)
 
     def broken_off(self) -> None:

@@ -1,6 +1,7 @@
 """Ahead of time: the real programs through the compiler for TPUs or GPUs, on shapes, without a device or weights."""
 
 import functools
+import math
 import multiprocessing
 import os
 import pickle
@@ -27,8 +28,10 @@ from ares_jax.models.qwen2_5_vl import Qwen25VLConfig, VisionInputs
 from ares_jax.models.qwen2_5_vl.model import Qwen25VL, abstract_model
 from ares_jax.models.qwen2_5_vl.paged import cache_spec, cached_heads
 from ares_jax.parallel.chips import GPUS, TPUS
+from ares_jax.parallel.distributed import piece_shape
 from ares_jax.parallel.gpu_targets import target_config
 from ares_jax.parallel.hlo import Work, work
+from ares_jax.parallel.micro_batch import row_count
 from ares_jax.parallel.sharding import Placement, batch_sharding, make_mesh, place_model
 from ares_jax.sampling.programs import Programs, Prompts, Rows, cut_shapes
 from ares_jax.sampling.shapes import prompt_sizes, prompts_together
@@ -86,7 +89,7 @@ def topology_devices(name: str) -> Sequence[Any]:
     except Exception as error:
         reason = str(error).splitlines()[0][:200]
         raise UserError(
-            f"--topology={name}: the TPU compiler has no such slice ({reason}); it needs `pip install libtpu`"
+            f"--topology={name}: the TPU compiler has no such slice ({reason}); it needs `pip install libtpu==0.0.42.1`"
         ) from None
 
 
@@ -167,6 +170,13 @@ def _fine_tuning(config: ConfigDict, shape: Qwen25VLConfig, devices: Sequence[An
     return _while_running(programs, resident), programs
 
 
+def largest_piece(config: ConfigDict, shape: Qwen25VLConfig, devices: Sequence[Any]) -> int:
+    """Returns the bytes of a parameter that every chip holds whole at a time while weights are handed to the sampler."""
+    model, place = _placed(config, shape, devices)
+    params = place.abstract(to_flat(model))
+    return max(math.prod(piece_shape(x.shape, x.dtype, x.sharding)) * x.dtype.itemsize for x in params.values())
+
+
 def sampler_programs(
     config: ConfigDict, shape: Qwen25VLConfig, devices: Sequence[Any], names: Sequence[str] = ("prefill", "decode")
 ) -> dict[str, Compiled]:
@@ -238,8 +248,8 @@ def batch_shapes(config: ConfigDict, place: Placement, extras: Mapping[str, Any]
         "patch_frame_ids": ((p.row_patches,), np.int32),
         **{name: ((p.row_tokens,), dtype) for name, dtype in extras.items()},
     }  # fmt: skip
-    rows = batch_sharding(place.mesh)
-    return {name: jax.ShapeDtypeStruct((p.rows, *s), dtype, sharding=rows) for name, (s, dtype) in shapes.items()}
+    rows, split = row_count(p.rows, place.mesh.shape), batch_sharding(place.mesh)
+    return {name: jax.ShapeDtypeStruct((rows, *s), dtype, sharding=split) for name, (s, dtype) in shapes.items()}
 
 
 def _placed(
@@ -345,7 +355,7 @@ def compile_lowered(lowered: jax.stages.Lowered, resident: dict[str, int]) -> Co
     """Compiles and counts. `resident`: what lies in memory meanwhile, by name, in bytes of a chip."""
     begin = time.time()
     with tempfile.TemporaryDirectory() as folder:
-        # The compiler writes its program down itself: jaxlib 0.10.2 cannot read asynchronous collectives of libtpu 0.0.51.
+        # The compiler writes its program down itself: jaxlib 0.10.2 cannot read asynchronous collectives of a newer libtpu.
         options: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
             memory: Any = lowered.compile(compiler_options=options).memory_analysis()

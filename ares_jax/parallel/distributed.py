@@ -3,12 +3,16 @@
 Every process calls these functions in the same order, from its main thread. With one process they cost nothing.
 """
 
+import functools
+import itertools
+import math
 import os
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
@@ -25,6 +29,7 @@ _TASKS = (
     ("TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES"),
 )  # fmt: skip
 
+_PIECE = 2**28  # bytes
 _joined = False  # with other processes
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0; found by itself on TPU and SLURM")
 _COUNT = flags.DEFINE_integer("num_processes", None, "processes of the run, all given the same command", 1)
@@ -139,27 +144,82 @@ def put(value: Any, sharding: NamedSharding | None) -> jax.Array:
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
-def _everywhere(value: jax.Array) -> jax.Array:
-    """Returns an array, whole, on each of its devices.
+def piece_shape(shape: Sequence[int], dtype: Any, sharding: Any) -> tuple[int, ...]:
+    """Returns how much of an array every device holds whole at a time while it is handed over.
 
-    It waits: the devices never hold more than one array whole in vain, and on CPUs, whose programs do not run in the order
+    At most 256 MiB, but at least one index of the first axis that is not split (a layer of a stack); all of an array whose
+    every axis is split, or that every device holds whole anyway.
+    """
+    spec = (*getattr(sharding, "spec", ()), *(None for _ in shape))
+    axis = next((axis for axis, size in enumerate(shape) if size > 1 and not spec[axis]), None)
+    if axis is None or sharding.is_fully_replicated:
+        return tuple(shape)
+    one = math.prod(shape) // shape[axis] * np.dtype(dtype).itemsize
+    return *shape[:axis], min(shape[axis], max(1, _PIECE // one)), *shape[axis + 1 :]
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "sharding"))
+def _cut(value: jax.Array, start: Sequence[int], *, shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
+    """`sharding`: the value's. Without it the compiler would gather first and cut then."""
+    piece = jax.lax.with_sharding_constraint(jax.lax.dynamic_slice(value, start, shape), sharding)
+    return jax.lax.with_sharding_constraint(piece, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put_in(whole: jax.Array, piece: jax.Array, start: Sequence[int]) -> jax.Array:
+    return jax.lax.dynamic_update_slice(whole, piece, start)
+
+
+def _pieces(value: jax.Array) -> Iterator[tuple[tuple[int, ...], jax.Array]]:
+    """Yields an array piece by piece: where it starts, and the piece, whole, on each of the array's devices.
+
+    It waits: the devices never hold more than one piece whole in vain, and on CPUs, whose programs do not run in the order
     in which they were started, two exchanges at a time would wait for each other.
     """
-    mesh = getattr(value.sharding, "mesh", None)
-    return value if mesh is None else jax.block_until_ready(jax.device_put(value, NamedSharding(mesh, PartitionSpec())))
+    if value.sharding.is_fully_replicated:
+        yield (0,) * value.ndim, value
+        return
+    shape = piece_shape(value.shape, value.dtype, value.sharding)
+    for start in itertools.product(*(range(0, size, part) for size, part in zip(value.shape, shape, strict=True))):
+        # The last piece is as large as the others, so that one program cuts them all: some of it comes twice.
+        start = tuple(min(i, size - part) for i, size, part in zip(start, value.shape, shape, strict=True))
+        yield start, jax.block_until_ready(_cut(value, start, shape=shape, sharding=value.sharding))
 
 
 def local_parts(value: jax.Array, sharding: NamedSharding) -> jax.Array:
     """Returns a copy of an array, laid out over devices of this host that hold a part of it: no disk, no host memory."""
-    whole = {shard.device: shard.data for shard in _everywhere(value).addressable_shards}
-    parts = [whole[device][index] for device, index in sharding.addressable_devices_indices_map(value.shape).items()]
-    parts = jax.block_until_ready([part.copy() for part in parts])  # all of it may be the very array
-    return jax.make_array_from_single_device_arrays(value.shape, sharding, parts)
+    places = sharding.addressable_devices_indices_map(value.shape)
+    first = {device: [s.start or 0 for s in index or ()] for device, index in places.items()}
+    ours = sharding.shard_shape(value.shape)
+    parts: dict[jax.Device, jax.Array] = {}
+    for start, piece in _pieces(value):
+        whole = {shard.device: shard.data for shard in piece.addressable_shards}
+        for device, origin in first.items():
+            low = [max(a, b) for a, b in zip(start, origin, strict=True)]
+            ends = zip(start, piece.shape, origin, ours, strict=True)
+            high = [min(a + size, b + part) for a, size, b, part in ends]
+            if any(a >= b for a, b in zip(low, high, strict=True)):
+                continue
+            cut = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))
+            own = whole[device][cut]
+            if own.shape == ours:
+                parts[device] = own.copy()  # all of it may be the very array
+                continue
+            so_far = parts[device] if device in parts else jnp.zeros(ours, value.dtype, device=device)
+            parts[device] = _put_in(so_far, own, [a - b for a, b in zip(low, origin, strict=True)])
+        jax.block_until_ready(list(parts.values()))
+    return jax.make_array_from_single_device_arrays(value.shape, sharding, [parts[device] for device in places])
 
 
 def to_host(value: jax.Array) -> np.ndarray:
     """Returns an array, whole, in this host's memory."""
-    return np.asarray(value if value.is_fully_addressable else _everywhere(value).addressable_data(0))
+    if value.is_fully_addressable:
+        return np.asarray(value)
+    whole = np.empty(value.shape, value.dtype)
+    for start, piece in _pieces(value):
+        place = tuple(slice(a, a + size) for a, size in zip(start, piece.shape, strict=True))
+        whole[place] = np.asarray(piece.addressable_data(0))
+    return whole
 
 
 def local_rows(value: jax.Array) -> Shaped[np.ndarray, "B ..."]:

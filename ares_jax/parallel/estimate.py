@@ -1,5 +1,6 @@
 """A learner step's memory and traffic from the sharding rules alone: too rough to trust, quick enough to choose by."""
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -24,6 +25,11 @@ class Estimate(NamedTuple):
         return self.compute + self.network
 
 
+@functools.cache
+def _parameters(shape: Qwen25VLConfig) -> int:
+    return count_parameters(to_flat(abstract_model(shape)))
+
+
 def estimate(
     shape: Qwen25VLConfig,
     mesh: Mapping[str, int],
@@ -42,7 +48,7 @@ def estimate(
       copies: bytes a parameter: itself, two moments and its gradient in float32, and the reference.
     """
     t = shape.text
-    parameters = count_parameters(to_flat(abstract_model(shape)))
+    parameters = _parameters(shape)
     chips, split = math.prod(mesh.values()), mesh["fsdp"] * mesh["sequence"]
     tensor, sequence = mesh["tensor"], mesh["sequence"]
     tokens = rows / (mesh["data"] * mesh["fsdp"]) * row_tokens / sequence  # of a chip, their width whole

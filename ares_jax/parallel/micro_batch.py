@@ -10,7 +10,7 @@ from ares_jax.parallel.sharding import BATCH, mesh_sizes
 
 
 def row_count(rows: int, mesh: Mapping[str, int]) -> int:
-    """Returns the rows of a micro-batch, all processes together: `packing.rows`, or one for every part they are split into."""
+    """Returns the rows of a micro-batch, of all processes: `packing.rows`, or one for every part they are split into."""
     return rows or math.prod(mesh[axis] for axis in BATCH)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from ares_jax.metrics import write_atomic
+from ares_jax.metrics import goodput_sentence, write_atomic
 from ares_jax.reporting import charts
 from ares_jax.reporting.load import LEVELS, STAGES, Run, load_run
 from ares_jax.reporting.table import branching_sentence, headline_rows, overlap_sentence, problems_note
@@ -81,7 +81,7 @@ def build_report(folder: Path, *, reload_every: int = 0) -> Path:
         ("Cold start: length follows difficulty", _curation(run) + plot("curation", charts.curation_plot(run))),
         ("Samples", _samples(run)),
         ("Staleness", plot("policy", charts.policy_curves(run))),
-        ("Time and tokens", _stages(run) + f"<p>{overlap_sentence(run)}</p>" + plot("time", charts.time_curves(run))),
+        ("Time and tokens", _stages(run) + _times(run) + plot("time", charts.time_curves(run))),
         ("Environment", _environments(run)),
         ("Configuration", f"<details><summary>show</summary><pre>{_pretty(run.config)}</pre></details>"),
     ]
@@ -182,6 +182,10 @@ def _stages(run: Run) -> str:
         for s in run.stages
     ]
     return _table(["stage", "time", "tokens", "tokens/s"], rows) if rows else _MISSING
+
+
+def _times(run: Run) -> str:
+    return f"<p>{overlap_sentence(run)}</p><p>{goodput_sentence(run.metrics)}</p>"
 
 
 def _environments(run: Run) -> str:

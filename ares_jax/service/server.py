@@ -206,12 +206,14 @@ def run_server(
     make_engine: Callable[[], EngineLike], *, host: str, port: int, model_name: str, ready_file: Path | None = None,
     make_chat_format: Callable[[], ChatFormat] | None = None, image_hosts: Sequence[str] = (),
     weight_roots: Sequence[Path | epath.Path] = (), transfers: bool = False, drain_seconds: float = _DRAIN,
+    on_ready: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
     """Serves until SIGTERM, then lets running requests finish for `drain_seconds`. `port` 0 takes a free one.
 
     `make_chat_format`, `image_hosts`, `weight_roots`, `transfers`: as of `make_app`.
 
-    `ready_file` receives {"url", "pid"} once the server answers. The token is the environment variable ARES_TOKEN.
+    `ready_file` receives {"url", "pid"} once the server answers, and `on_ready` is called. The token is the environment
+    variable ARES_TOKEN.
 
     Raises:
       UserError: the port is taken, the address is not loopback and there is no token, or `transfers` cannot be had.
@@ -247,6 +249,7 @@ def run_server(
             if ready_file is not None and server.started:
                 write_json(ready_file, {"url": url, "pid": os.getpid()})
             print(f"sampler ready at {url}", flush=True)
+            on_ready()
             await asyncio.wait(
                 {running, asyncio.create_task(drain.finished(drain_seconds))}, return_when=asyncio.FIRST_COMPLETED
             )

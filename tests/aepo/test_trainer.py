@@ -18,10 +18,11 @@ from ares_jax.errors import Preempted, UserError
 from ares_jax.metrics import read_jsonl
 from ares_jax.models.lora import is_lora, merged
 from ares_jax.parallel.sharding import make_mesh
+from ares_jax.sampling.local import LocalSampler
 from ares_jax.sampling.trajectory import RolloutGroup, Trajectory
 from ares_jax.serve import make_engine
 from ares_jax.training import initial_state, make_optimizer
-from ares_jax.workspace import open_workspace
+from ares_jax.workspace import Workspace, colocated, open_workspace
 from configs.digits_cpu import get_config
 from data_pipeline.sources import open_sources
 
@@ -125,6 +126,21 @@ def test_what_cannot_run_is_refused_before_anything_is_drawn(config, change, mes
     c.update_from_flattened_dict(change)
     with pytest.raises(UserError, match=re.escape(message)):
         Trainer(SimpleNamespace(config=c))
+
+
+def test_off_the_cpu_a_sampler_without_a_url_is_in_the_learners_process(config, monkeypatch, tmp_path):
+    c = config.copy_and_resolve_references()
+    workspace = SimpleNamespace(config=c, own_engine=lambda: "engine", folder=tmp_path)
+    assert not colocated(c)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with Workspace.sampler(workspace) as client:
+        assert isinstance(client, LocalSampler)
+    c.sampler.tensor, c.aepo.staleness = 4, 1
+    with pytest.raises(UserError, match="a colocated sampler over sampler.tensor=4 devices can only draw"):
+        check(c)
+    c.sampler.url = "http://host:8000"
+    check(c)
+    assert not colocated(c)
 
 
 def filling(rewards, **changes):

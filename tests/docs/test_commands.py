@@ -38,7 +38,7 @@ NOT_EXECUTED = {
     "make test": "it runs this test; .ci/run executes it",
     "python -m venv .venv": "`make demo` and `make test` do it where .ci/run executes them",
     "pip install -c requirements.lock -e '.[tpu]'": "needs the network; tests/test_package.py builds the installation",
-    "python -m pip install -r requirements.txt 'jax[tpu]'": "needs the network; `make test` installs requirements.txt",
+    "python -m pip install -r requirements.txt 'jax[tpu]' libtpu==0.0.42.1": "needs the network",
 }  # (and `make ablation`, which takes hours: it stands in no block)
 SERVICE = re.compile(r"^python -m ares_jax\.serve .*$", re.MULTILINE)  # started once, where a block first asks for port 8000
 CONFIGS = {  # (sections as in the tiny digits', fields): few shapes, as each is compiled

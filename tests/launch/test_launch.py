@@ -160,7 +160,7 @@ def test_a_host_is_made_ready_and_what_an_earlier_attempt_left_is_told_to_go(tmp
     assert left.wait(timeout=20) != 0  # it, and the command in it, ended by SIGTERM
     assert waiting.wait(timeout=20) == 0
     calls = (tmp_path / "calls").read_text()
-    assert "uv venv --quiet --python 3.11 .venv" in calls and "-r requirements.txt jax[tpu]" in calls
+    assert "uv venv --quiet --python 3.11 .venv" in calls and "-r requirements.txt jax[tpu] libtpu==" in calls
     assert "gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0" in calls and f"bucket {tmp_path}/mnt" in calls
     (tmp_path / "calls").unlink()
     assert subprocess.run(line, **options).returncode == 0

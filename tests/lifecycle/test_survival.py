@@ -1,23 +1,32 @@
 """Real processes, killed, hung and starved."""
 
+import functools
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 from absl import flags
+from ml_collections import config_flags
 
+from ares_jax.aepo.trainer import check
 from ares_jax.errors import UserError
-from ares_jax.lifecycle.memory import explained, is_out_of_memory
+from ares_jax.lifecycle.memory import ADVICE, explained, is_out_of_memory
 from ares_jax.lifecycle.profiling import Profiler
-from ares_jax.lifecycle.startup import Startup
+from ares_jax.lifecycle.startup import _COMPILATION, Startup
 from ares_jax.lifecycle.steps import Steps
+from ares_jax.models.qwen2_5_vl.layers import REMAT
+from ares_jax.parallel.micro_batch import check_rows
+from ares_jax.training import make_optimizer
+from configs.qwen2_5_vl_7b_aepo import get_config
 
 
 def started(folder, *arguments, devices=1):
@@ -102,8 +111,28 @@ def test_out_of_memory_says_what_to_change_and_leaves_a_profile(tmp_path):
         jnp.zeros(2**46).block_until_ready()
     assert is_out_of_memory(error.value)
     message = str(explained(error.value, tmp_path))
-    assert "packing.rows" in message and f"{tmp_path}/memory.0.prof" in message
+    assert ADVICE in message and f"{tmp_path}/memory.0.prof" in message
     assert (tmp_path / "memory.0.prof").stat().st_size > 0
+
+
+def test_what_to_change_when_memory_is_short_can_be_typed(monkeypatch):
+    """Each alone, into the real config: the checks, the model and the optimizer take it."""
+    typed = re.findall(r"--config\.\S+=[\w-]+", ADVICE)
+    assert len(typed) > 7
+    for text in typed:
+        values = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", flag_values=values)
+        monkeypatch.setattr(sys, "argv", ["", "--config=configs/qwen2_5_vl_7b_aepo.py", "--config.aepo.staleness=0", text])
+        values(sys.argv)
+        config = values.config
+        check(config)
+        check_rows(config, 64, 16)
+        assert config.model.remat in REMAT
+        make_optimizer(config.optimizer, learning_rate=1.0, steps=1)
+    fields = re.findall(r"\b((?:sampler|packing|mesh|aepo|model|optimizer|lora)(?:\.[a-z_]+)+)", ADVICE)
+    assert len(fields) > len(typed)
+    for field in fields:
+        functools.reduce(getattr, field.split("."), get_config())  # a ConfigDict raises for one that it has not
 
 
 def test_goodput_counts_what_will_not_be_done_again(tmp_path, monkeypatch):
@@ -158,6 +187,11 @@ def test_the_start_is_told_once_and_its_parts_add_up():
     startup = Startup()
     startup.mark("imports")
     startup.mark("weights")
-    line = startup.first_step()
+    with startup.apart():  # hours of pass rates
+        time.sleep(0.2)
+        startup._listen(_COMPILATION, 5.0)
+    startup._listen(_COMPILATION, 0.3)
+    line = startup.told()
     assert line.startswith("start-up: imports ") and "weights 0.0 s, first step 0.0 s" in line
-    assert startup.first_step() is None
+    assert line.endswith("of it compilation 0.3 s")
+    assert startup.told() is None

@@ -27,7 +27,7 @@ from ares_jax.parallel.chips import TPUS
 from ares_jax.parallel.hlo import Work
 from ares_jax.parallel.micro_batch import check_rows
 from ares_jax.parallel.sharding import batch_sharding, make_mesh
-from ares_jax.plan import candidates, colocated, kernel_flops, row_flops, on_slice, overrides, search, table
+from ares_jax.plan import candidates, colocated, kernel_flops, on_slice, overrides, row_flops, search, table
 from ares_jax.sampling.requests import rollout_request
 from configs import qwen2_5_vl
 from data_pipeline.packing import pack
@@ -173,6 +173,12 @@ def test_what_lies_beside_the_learner_is_counted():
     assert aot._fine_tuning(config, shape, mesh)[0]["more"]["optimizer"] < small["more"]["optimizer"] / 50
 
 
+def test_loops_that_are_not_counted_are_told():
+    for unknown in (0, 2):
+        program = aot.Compiled({"parameters": GIB}, 0, 0, 0, Work(unknown_loops=unknown), 0.0, "")
+        assert ("loops not counted" in table({"more": program}, {}, TPUS["v5p"])) == bool(unknown)
+
+
 def test_learner_and_sampler_of_one_chip_are_added_up():
     config, chip = planned("7b"), TPUS["v5p"]
 
@@ -181,11 +187,19 @@ def test_learner_and_sampler_of_one_chip_are_added_up():
 
     learner = {"more": program(23, parameters=1, gradients=1), "apply": program(0, parameters=1, gradients=1)}
     sampler = {"decode": program(14, **{"parameters": 31, "KV pages": 28}), "prefill": program(14, **{"KV pages": 28})}
-    line = colocated(config, learner, sampler, chip)
+    line = colocated(config, learner, sampler, chip, 0)
     assert "98.0 of 95.0 GiB, which does not fit: more sampler.tensor" in line and "the first 1 of each host's" in line
     config.aepo.staleness = 0  # not at the same time; but new weights come while the old ones are there
-    assert "91.0 of 95.0 GiB" in colocated(config, learner, sampler, chip)
-    assert "fit" not in colocated(config, learner, sampler, chip)
+    assert "91.0 of 95.0 GiB" in colocated(config, learner, sampler, chip, 0)
+    assert "93.0 of 95.0 GiB" in colocated(config, learner, sampler, chip, GIB)
+    assert "fit" not in colocated(config, learner, sampler, chip, GIB)
+
+
+def test_weights_are_handed_over_layer_by_layer():
+    """Of 7B's, a layer of the MLP; of a matrix that is no stack, 256 MiB."""
+    config, devices = qwen2_5_vl.aepo("7b"), jax.devices()
+    assert aot.largest_piece(config, PUBLISHED["7b"], devices) == 3584 * 18_944 * 4
+    assert aot.largest_piece(config, PUBLISHED["72b"], devices) == 8192 * 29_568 * 4
 
 
 def test_a_mesh_that_does_not_divide_the_slice_is_refused():

@@ -11,6 +11,7 @@ from ares_jax.errors import UserError
 from ares_jax.models.params import logical_axes, to_flat
 from ares_jax.models.qwen2_5_vl.config import PUBLISHED
 from ares_jax.models.qwen2_5_vl.model import abstract_model
+from ares_jax.parallel import distributed
 from ares_jax.parallel.sharding import RULES, make_mesh, param_shardings, place_model
 from ares_jax.training import Update, initial_state
 from ares_jax.training.log_probs import token_statistics
@@ -77,3 +78,38 @@ def test_rows_that_cannot_be_split_are_refused_with_the_remedy():
 def test_a_mesh_must_fill_the_devices():
     with pytest.raises(UserError, match="mesh data=3 fsdp=1 sequence=1 tensor=1 does not fill 8 devices"):
         make_mesh(data=3, fsdp=1)
+
+
+@pytest.mark.parametrize(
+    "spec, target, piece",
+    [
+        ((None, "tensor", "fsdp"), (None, "tensor", None), (2, 6, 8)),  # two layers of seven
+        (("tensor", None, "fsdp"), (None, None, "tensor"), (8, 1, 8)),  # one of six
+        (("tensor", "sequence", "fsdp"), ("tensor", None, None), (8, 6, 8)),  # nothing is left to cut
+        ((None, None, None), (None, "tensor", None), (8, 6, 8)),  # whole anyway
+    ],
+)  # fmt: skip
+def test_an_array_is_handed_over_in_pieces(monkeypatch, spec, target, piece):
+    """Of all axes the first one that is not split is cut: no device ever has more of it whole."""
+    monkeypatch.setattr(distributed, "_PIECE", 6 * 8 * 4 * 2)
+    shape = (7 if spec[0] is None else 8, 6, 8)
+    piece = (min(piece[0], shape[0]), *piece[1:])
+    expected = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    value = jax.device_put(expected, jax.NamedSharding(make_mesh(fsdp=2, sequence=2, tensor=2), jax.P(*spec)))
+    there = make_mesh(tensor=2, devices=jax.devices()[:2])
+    made, cut = [], distributed._cut
+    monkeypatch.setattr(distributed, "_cut", lambda *a, **k: made.append(cut(*a, **k)) or made[-1])
+    handed = distributed.local_parts(value, jax.NamedSharding(there, jax.P(*target)))
+    np.testing.assert_array_equal(handed, expected)
+    assert handed.sharding == jax.NamedSharding(there, jax.P(*target))
+    whole = np.zeros(shape, np.float32)
+    for start, part in distributed._pieces(value):
+        assert part.sharding.is_fully_replicated
+        whole[tuple(slice(i, i + size) for i, size in zip(start, part.shape, strict=True))] = part
+    np.testing.assert_array_equal(whole, expected)
+    assert {part.shape for part in made} == (set() if value.sharding.is_fully_replicated else {piece})
+    if made:  # the program that cuts gathers the piece, not what it is cut from
+        program = cut.lower(value, (0, 0, 0), shape=piece, sharding=value.sharding).compile()
+        assert program.memory_analysis().temp_size_in_bytes <= 2 * 4 * np.prod(piece)
+    handed.addressable_shards[0].data.delete()  # a copy: the learner's is still there
+    np.testing.assert_array_equal(value, expected)

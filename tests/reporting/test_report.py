@@ -32,6 +32,7 @@ def write_run(folder):
         "step": 1, "time": 0.0, "reward/mean": 0.5, "leaves": 8, "branches": 2, "tokens/shared": 30, "tokens/computed": 70,
         "validation/accuracy/easy": 0.9, "kl/easy": 0.1, "time/step": 11.0, "time/sample": 8.0, "time/wait": 2.0,
         "time/learn": 9.0, "time/push": 0.0, "overlap": 0.75, "tokens_per_second/step": 50.0,
+        "goodput": 0.625,
     }  # fmt: skip
     (folder / "aepo" / "metrics.jsonl").write_text(json.dumps(step) + '\n{"step": 2, "ti')  # a killed run's last line
     leaf = {
@@ -63,6 +64,7 @@ def test_the_page_holds_everything_and_fetches_nothing(tmp_path):
         "branch of 0",
         "0.70 after",
         "8 s, 75%",
+        "Goodput 62%: that much of the time",
     ):
         assert text in page
     assert "http" not in page and "<b>1</b>?" not in page and "&lt;b&gt;1" in page
