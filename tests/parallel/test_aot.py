@@ -106,9 +106,13 @@ def test_the_fixed_log_probs_and_the_optimizer_of_the_7b_config_fit_its_chips(st
     assert sum(apply.work.collective.values()) < GIB / 1024
 
 
-@pytest.mark.parametrize("trees", [False, True])
-def test_attention_of_long_rows_and_its_gradient_become_machine_code(devices, trees):
-    mesh = make_mesh(fsdp=2, tensor=2, devices=devices)
+@pytest.mark.parametrize(
+    "topology, trees",
+    [("v4:2x2x1", True), ("v5e:2x2", True), ("v5p:2x2x1", False), ("v5p:2x2x1", True), ("v6e:2x2", True),
+     ("tpu7x:2x2x1", False)],
+)  # fmt: skip
+def test_attention_of_long_rows_and_its_gradient_become_machine_code(topology, trees):
+    mesh = make_mesh(fsdp=2, tensor=2, devices=aot.topology_devices(topology)[:4])
     array = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
     query, key = (array((2, 4096, heads, 128), jnp.bfloat16) for heads in (16, 2))
     groups, spans = array((2, 4096), jnp.int32), array((2, 2, 4096), jnp.int32) if trees else None
