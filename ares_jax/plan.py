@@ -393,10 +393,10 @@ def iteration(config: ConfigDict, seconds: Mapping[str, float], samplers: int, r
     return (
         f"an iteration of {a.prompts_per_step} prompts x {a.group_size} answers of {response} tokens (--mean_response): "
         f"rollouts {drawing:.0f} s, update {learning:.0f} s; {drawing + learning:.0f} s one after the other, "
-        f"{max(drawing, learning):.0f} s at once (aepo.staleness=1, sampler.url). That takes each program at its bound, full "
-        f"length and all; {samplers} samplers, one a host, each with all slots busy to the end; no group dropped; prompts of "
-        f"{s.max_prompt_tokens} tokens, shared by their answers, which share nothing else; {batches:.1f} micro-batches "
-        f"without padding, {a.minibatches} updates"
+        f"{max(drawing, learning):.0f} s at once (aepo.staleness=1, sampler.url). Each program at its bound, rows and "
+        f"sequences at full length; {samplers} samplers, one a host, all slots busy to the end; no group dropped; "
+        f"prompts of {s.max_prompt_tokens} tokens, shared by their answers, which share nothing else; {batches:.1f} "
+        f"micro-batches without padding, {a.minibatches} updates"
     )
 
 

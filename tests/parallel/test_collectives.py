@@ -77,7 +77,7 @@ def test_parameters_and_moments_are_split():
 
 @pytest.mark.parametrize("mesh", ["fsdp", "sequence", "tensor"])
 def test_activations_are_split(mesh):
-    """Scratch of the gradients' program, 250 times the parameters on one device: an eighth on eight, and gathered weights."""
+    """Scratch of the gradients' program, 250 times the parameters on one device: an eighth on eight, and some weights."""
     one, split = (compiled(name, "more").memory_analysis().temp_size_in_bytes for name in ("one", mesh))
     assert one > 100 * whole(learner("one")[0].params)
     assert split < one / 5
