@@ -17,7 +17,8 @@ from configs.digits_cpu import get_config
 from tests import digits
 
 BYTES = {"pred": 1, "s32": 4, "u32": 4, "f32": 4, "bf16": 2, "f16": 2}
-ROWS = {"rows": 8, "row_tokens": 512, "row_patches": 64}  # activations are far larger than the parameters
+# Activations are far larger than the parameters; 3, 6 or 12 rows a device, 72 patches: none has the shape of a parameter.
+ROWS = {"rows": 24, "row_tokens": 512, "row_patches": 72}
 MESHES = {
     "one": {"fsdp": 1}, "fsdp": {"fsdp": 8}, "sequence": {"fsdp": 2, "sequence": 4}, "tensor": {"fsdp": 2, "tensor": 4},
     "mixed": {"data": 2, "fsdp": 2, "tensor": 2},
@@ -77,7 +78,7 @@ def test_parameters_and_moments_are_split():
 
 @pytest.mark.parametrize("mesh", ["fsdp", "sequence", "tensor"])
 def test_activations_are_split(mesh):
-    """Scratch of the gradients' program, 250 times the parameters on one device: an eighth on eight, and some weights."""
+    """Scratch of the gradients' program, far more than the parameters: on eight devices an eighth each, and some weights."""
     one, split = (compiled(name, "more").memory_analysis().temp_size_in_bytes for name in ("one", mesh))
     assert one > 100 * whole(learner("one")[0].params)
     assert split < one / 5
@@ -116,7 +117,7 @@ def test_no_program_gathers_the_tree(mesh, name):
 def test_the_tree_is_summed_at_most_once(mesh, name):
     """The gradients', in one: on a CPU whole, as it joins sums and knows no reduce-scatter; test_aot.py has the TPU's."""
     params, program = learner(mesh)[0].params, compiled(mesh, name)
-    sums = results(program, "all-reduce")
-    assert sum(parameters_in(sums, params)) <= (name in ("first", "more")) * whole(params)
+    sums = results(program, "all-reduce")  # with `sequence` some parameters over one axis after the other
+    assert sum(parameters_in(sums, params)) <= (name in ("first", "more")) * 1.2 * whole(params)
     if name == "apply":
         assert sum(map(size, sums)) < 1024  # the gradients' norm
