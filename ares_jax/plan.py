@@ -5,7 +5,7 @@ chip's datasheet.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +34,7 @@ from ares_jax.sampling.shapes import prompts_together
 TOPICS = {
     "The run (every field: ares_jax/config.py)": ("config", "workdir"),
     "The slice": ("topology",),
+    "An iteration": ("mean_response",),
     "Looking for a better mesh": ("search", "compile"),
 }
 
@@ -42,6 +43,7 @@ _TOPOLOGY = flags.DEFINE_string(
 )
 _SEARCH = flags.DEFINE_bool("search", False, "try mesh shapes, remat policies and micro-batches of the learner; rank them")
 _COMPILE = flags.DEFINE_integer("compile", 3, "how many of the search's best are compiled; the others are estimates")
+_RESPONSE = flags.DEFINE_integer("mean_response", 2048, "tokens of a mean response, for the bound of an AEPO iteration")
 _GIB = 2**30
 _TITLES = {"log_probs": "fixed log-probs", "more": "gradients", "apply": "apply", "prefill": "prefill", "decode": "decode"}
 _COMPARED = (
@@ -207,8 +209,39 @@ def _estimate(config: ConfigDict, shape: Qwen25VLConfig, chip: Chip) -> Estimate
     )  # fmt: skip
 
 
+def with_shorter_rows(config: ConfigDict) -> ConfigDict | None:
+    """Returns the config with rows half as long, and with answers that fit in them; None where no prompt would."""
+    c = config.copy_and_resolve_references()
+    p, s = c.packing, c.sampler
+    p.update(row_tokens=p.row_tokens // 2, row_patches=p.row_patches // 2)
+    room = p.row_tokens - s.max_prompt_tokens
+    if room <= 0 or p.row_patches < s.max_prompt_patches:
+        return None
+    s.max_response_tokens = min(s.max_response_tokens, room)
+    return c
+
+
 def search(config: ConfigDict, shape: Qwen25VLConfig, name: str, compiled: int) -> Iterator[str]:
-    """Yields the learner's settings that may fit, the quickest estimate first, then the best of them as compiled."""
+def search(config: ConfigDict, shape: Qwen25VLConfig, name: str, compiled: int) -> Iterator[str]:
+    """Yields the learner's settings that may fit, the quickest estimate first, then the best of them as compiled.
+
+    Where none fits, the same with rows half as long.
+    """
+    yield assumptions(chip_of(name))
+    while not (yield from _search_rows(config, shape, name, compiled)):
+        shorter = with_shorter_rows(config)
+        if shorter is None:
+            yield f"{name}: no shorter row holds a prompt (sampler.max_prompt_tokens, max_prompt_patches); take more chips"
+            return
+        config, p = shorter, shorter.packing
+        yield (
+            f"\nshorter rows: --config.packing.row_tokens={p.row_tokens} --config.packing.row_patches={p.row_patches} "
+            f"--config.sampler.max_response_tokens={config.sampler.max_response_tokens}"
+        )
+
+
+def _search_rows(config: ConfigDict, shape: Qwen25VLConfig, name: str, compiled: int) -> Generator[str, None, bool]:
+    """Searches with rows as long as they are. Returns whether a setting fits; without compiling, whether one may."""
     devices, chip = aot.topology_devices(name), chip_of(name)
     found = []
     every = list(candidates(config, shape, len(devices), aot.host_count(devices)))
@@ -221,9 +254,8 @@ def search(config: ConfigDict, shape: Qwen25VLConfig, name: str, compiled: int) 
     best = {tuple(c.mesh.values()): (rate, c, e) for rate, c, e in reversed(found)}  # of each mesh
     found = sorted(best.values(), key=lambda x: -x[0])
     if not found:
-        yield f"{name}: none of {len(every)} settings fits {len(devices)} {chip.unit}; take more, or less packing.row_tokens"
-        return
-    yield assumptions(chip)
+        yield f"{name}: none of {len(every)} settings fits {len(devices)} {chip.unit}"
+        return False
     yield f"{name}, {len(devices)} {chip.unit}: {len(every)} settings, {fitting} may fit by estimate. The best of each mesh:"
     yield (
         f"{'data':>4} {'fsdp':>5} {'seq':>4} {'tensor':>6} {'rows':>5}  {'remat':<8} {'GiB':>6} {'ms arithmetic':>14} "
@@ -236,12 +268,16 @@ def search(config: ConfigDict, shape: Qwen25VLConfig, name: str, compiled: int) 
             f"{e.memory / _GIB:>6.1f} {1e3 * e.compute:>14.0f} {1e3 * e.network:>8.0f} {rate:>10.0f}\n"
             f"      {overrides(c, config)}"
         )
+    if not compiled:
+        return True
     yield f"\nas compiled, a micro-batch's gradients, the best first\n{_COMPARED}"
     lines = []
     for _, c, _ in found[:compiled]:
         bounds, text = compared(c, shape, name)
         lines.append((bounds.mfu_one_by_one if bounds else 0.0, f"{text}\n      {overrides(c, config)}"))
-    yield from (text for _, text in sorted(lines, key=lambda x: -x[0]))
+    lines.sort(key=lambda x: -x[0])
+    yield from (text for _, text in lines)
+    return lines[0][0] > 0
 
 
 def compared(config: ConfigDict, shape: Qwen25VLConfig, name: str) -> tuple[Rate | None, str]:
@@ -293,8 +329,8 @@ def assumptions(chip: Chip) -> str:
     )
 
 
-def report(config: ConfigDict, shape: Qwen25VLConfig, name: str) -> Iterator[str]:
-    """Yields the plan, part by part as they are compiled."""
+def report(config: ConfigDict, shape: Qwen25VLConfig, name: str, response: int) -> Iterator[str]:
+    """Yields the plan, part by part as they are compiled. `response`: mean tokens of one, of an iteration."""
     devices, chip = aot.topology_devices(name), chip_of(name)
     config = on_slice(config, len(devices), aot.host_count(devices))
     kernels = kernel_flops(config, shape, len(devices), devices[0].platform)
@@ -331,6 +367,8 @@ def report(config: ConfigDict, shape: Qwen25VLConfig, name: str) -> Iterator[str
         )
         if not any(x.refused for x in learner.values()):
             yield colocated(config, learner, sampler, chip, aot.largest_piece(config, shape, devices))
+            bounds = {title: bound(x, kernels.get(title, 0.0), chip).seconds for title, x in (learner | sampler).items()}
+            yield iteration(config, bounds, aot.host_count(devices), response)
 
 
 def colocated(
@@ -351,6 +389,32 @@ def colocated(
     return (
         f"with sampler.colocated=True the first {config.sampler.tensor} of each host's chips hold learner and sampler: "
         f"{both / _GIB:.1f} of {chip.usable} GiB{'' if fits else ', which does not fit'}{remedy}"
+    )
+
+
+def iteration(config: ConfigDict, seconds: Mapping[str, float], samplers: int, response: int) -> str:
+    """Returns what an AEPO iteration takes if each program takes these seconds, and what that assumes.
+
+    Args:
+      samplers: engines that draw, each on `sampler.tensor` chips.
+      response: mean tokens of a response.
+    """
+    a, s, p = config.aepo, config.sampler, config.packing
+    response = min(response, s.max_response_tokens)
+    decodes = a.prompts_per_step * a.group_size * response / (s.slots * s.decode_steps)
+    prefills = a.prompts_per_step / prompts_together(s.max_prompt_tokens, s.prefill_chunk, s.prefill_batch)
+    drawing = (decodes * seconds["decode"] + prefills * seconds["prefill"]) / samplers
+    tokens = a.prompts_per_step * (s.max_prompt_tokens + a.group_size * response)
+    batches = tokens / (p.rows * p.row_tokens)
+    fixed = bool(a.kl.weight) + (a.old_log_probs == "recomputed")
+    learning = batches * (fixed * seconds["log_probs"] + seconds["more"]) + a.minibatches * seconds["apply"]
+    return (
+        f"an iteration of {a.prompts_per_step} prompts x {a.group_size} answers of {response} tokens (--mean_response): "
+        f"rollouts {drawing:.0f} s, update {learning:.0f} s; {drawing + learning:.0f} s one after the other, "
+        f"{max(drawing, learning):.0f} s at once (aepo.staleness=1, sampler.url). Each program at its bound, rows and "
+        f"sequences at full length; {samplers} samplers, one a host, all slots busy to the end; no group dropped; "
+        f"prompts of {s.max_prompt_tokens} tokens, shared by their answers, which share nothing else; {batches:.1f} "
+        f"micro-batches without padding, {a.minibatches} updates"
     )
 
 
@@ -377,7 +441,7 @@ def main(config: ConfigDict, workdir: Path | None) -> None:
         start = [*(f"{kind}: {text}" for text, kind in kinds.items()), _COMPARED]
         parts = itertools.chain(start, (compared(c, shape, name)[1] for name, c in planned))
     else:
-        parts = report(config, shape, names[0])
+        parts = report(config, shape, names[0], _RESPONSE.value)
     for part in parts:
         print(part, flush=True)
 

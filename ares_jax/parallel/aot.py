@@ -345,7 +345,7 @@ def _written(folder: Path, name: str) -> tuple[str, str] | None:
         names = (report.name.replace("-memory-usage-report", kind) for kind in ("-buffer-assignment", ""))
         try:
             plan, text = ((report.parent / name).read_text() for name in names)
-            return plan, text
+            return (plan, text) if re.search(r"^ENTRY .*?^}", text, re.MULTILINE | re.DOTALL) else None  # being written
         except FileNotFoundError:  # the compiler gave up, and its folder went
             return None
     return None

@@ -5,11 +5,14 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from jax.sharding import AbstractMesh
+
 from ares_jax.flops import Flops, gradient_flops
 from ares_jax.models.params import count_parameters, to_flat
 from ares_jax.models.qwen2_5_vl import Qwen25VLConfig
 from ares_jax.models.qwen2_5_vl.model import abstract_model
 from ares_jax.parallel.chips import Chip
+from ares_jax.parallel.sharding import MESH_AXES, param_shardings
 
 
 class Estimate(NamedTuple):
@@ -48,7 +51,7 @@ def estimate(
       copies: bytes a parameter: itself, two moments and its gradient in float32, and the reference.
     """
     t = shape.text
-    parameters = _parameters(shape)
+    parameters, held = _parameters(shape, tuple(mesh[axis] for axis in MESH_AXES))
     chips, split = math.prod(mesh.values()), mesh["fsdp"] * mesh["sequence"]
     tensor, sequence = mesh["tensor"], mesh["sequence"]
     tokens = rows / (mesh["data"] * mesh["fsdp"]) * row_tokens / sequence  # of a chip, their width whole
@@ -58,7 +61,7 @@ def estimate(
     kept = {"offload": 0.0, "full": t.hidden_size, "dots": dots, "none": 2 * dots}[remat]
     logits = 3 * 4 * 1024 * t.vocab_size / tensor
     one_layer = 2 * (3 * t.hidden_size * t.intermediate_size + 2 * t.hidden_size**2) * 2 / tensor
-    memory = copies * parameters / (split * tensor) + 2 * t.num_layers * tokens * kept + 6 * dots * tokens
+    memory = copies * held + 2 * t.num_layers * tokens * kept + 6 * dots * tokens
     memory += logits + one_layer + 2 * 2 * t.vocab_size * t.hidden_size / tensor
     sent = 2 * parameters / tensor * (split - 1) / split * 3  # gathered forwards and backwards, gradients scattered
     sent += 4 * 2 * parameters / (split * tensor) * (mesh["data"] - 1) / mesh["data"]  # float32 gradients, both ways
@@ -68,3 +71,14 @@ def estimate(
     sent += (passes + 1) * width * kv * (sequence - 1)
     flops = sum(gradient_flops(row, remat=remat)) * rows / chips
     return Estimate(memory, flops / chip.flops, sent / chip.link)
+
+
+@functools.cache
+def _parameters(shape: Qwen25VLConfig, sizes: tuple[int, ...]) -> tuple[int, int]:
+    """Returns how many parameters there are, and how many of them a chip of a mesh of these sizes holds.
+
+    That is more than its share where an axis of the mesh does not divide an array: 512 do not divide the tower's 1280.
+    """
+    model = abstract_model(shape)
+    flat, places = to_flat(model), param_shardings(model, AbstractMesh(sizes, MESH_AXES))
+    return count_parameters(flat), sum(math.prod(places[name].shard_shape(x.shape)) for name, x in flat.items())

@@ -34,6 +34,7 @@ class Work:
     flops: float = 0.0  # of matrix products; kernels (custom calls) are not looked into
     bytes: float = 0.0  # read and written
     collective: dict[str, float] = field(default_factory=dict)  # bytes that a chip sends, by kind
+    largest: float = 0.0  # bytes that one run of one collective sends
     unknown_loops: int = 0  # whose trip count the text does not say: left out
     page_kernels: int = 0  # calls of paged attention's kernel, whose bytes are not among those above
 
@@ -42,6 +43,7 @@ class Work:
         self.bytes += other.bytes * times
         for kind, count in other.collective.items():
             self.collective[kind] = self.collective.get(kind, 0.0) + count * times
+        self.largest = max(self.largest, other.largest)
         self.unknown_loops += other.unknown_loops
         self.page_kernels += int(other.page_kernels * times)
 
@@ -283,6 +285,7 @@ def _collective(
         sent = given * others
     name = "reduce-scatter" if scattered else kind
     total.collective[name] = total.collective.get(name, 0.0) + sent
+    total.largest = max(total.largest, sent)
 
 
 def _group_size(rest: str, all_devices: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
 from ares_jax.errors import UserError
@@ -82,7 +82,7 @@ def constrain(x: Shaped[Array, "..."], *axes: str) -> Shaped[Array, "..."]:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
-def param_shardings(model: nnx.Module, mesh: Mesh) -> dict[str, NamedSharding]:
+def param_shardings(model: nnx.Module, mesh: Mesh | AbstractMesh) -> dict[str, NamedSharding]:
     """Returns where each parameter lives. A mesh axis that does not divide an array's axis is left out there."""
     shapes = to_flat(model)
     shardings = {}

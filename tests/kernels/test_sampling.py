@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 
+from ares_jax.parallel.aot import topology_devices
 from kernels import sample_with_entropy
 
 
@@ -153,10 +153,9 @@ def test_the_gpu_kernel_lowers_to_triton():
 
 
 @pytest.mark.parametrize("width", [2048, 3584])
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_the_tpu_compiler_takes_the_kernel_without_a_logits_buffer(topology, width):
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    place = jax.sharding.SingleDeviceSharding(devices[0])
+    place = jax.sharding.SingleDeviceSharding(topology_devices(topology)[0])
     rows, vocabulary = 64, 151_936
 
     def shape(dimensions, dtype):

@@ -81,11 +81,14 @@ def test_only_what_the_kernel_takes_is_given_to_it():
     assert paged_implementation("gpu", half, 4, 128) == paged_implementation("cpu", wide, 4, 128) == "gather"
 
 
-@pytest.mark.parametrize("size", ["3b", "7b"])
-def test_a_decode_step_on_a_tpu_copies_nothing_of_the_cache(size):
+@pytest.mark.parametrize(
+    "size, topology",
+    [("3b", "v4:2x2x1"), ("3b", "v5e:2x2"), ("3b", "v5p:2x2x1"), ("7b", "v5p:2x2x1"), ("7b", "v6e:2x2")],
+)
+def test_a_decode_step_on_a_tpu_copies_nothing_of_the_cache(size, topology):
     config, shape = qwen2_5_vl.aepo(size), PUBLISHED[size]
     config.model.param_dtype = "bfloat16"
     shape = dataclasses.replace(shape, text=dataclasses.replace(shape.text, num_layers=2))  # they are scanned
-    program = aot.sampler_programs(config, shape, aot.topology_devices("v5p:2x2x1"), ("decode",))["decode"]
+    program = aot.sampler_programs(config, shape, aot.topology_devices(topology), ("decode",))["decode"]
     assert not program.refused and "ragged_paged_attention" in program.text
     assert program.temporary < program.resident["KV pages"] / 6  # a third of a layer; a gather would copy it all
