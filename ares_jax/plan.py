@@ -222,7 +222,6 @@ def with_shorter_rows(config: ConfigDict) -> ConfigDict | None:
 
 
 def search(config: ConfigDict, shape: Qwen25VLConfig, name: str, compiled: int) -> Iterator[str]:
-def search(config: ConfigDict, shape: Qwen25VLConfig, name: str, compiled: int) -> Iterator[str]:
     """Yields the learner's settings that may fit, the quickest estimate first, then the best of them as compiled.
 
     Where none fits, the same with rows half as long.

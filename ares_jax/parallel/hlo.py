@@ -290,7 +290,7 @@ def _collective(
 
 def _group_size(rest: str, all_devices: int) -> int:
     """Returns how many devices a collective is among; all where it names none. Raises `ValueError` if that is unreadable."""
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(.*?\))? \{([^}]*)\}", rest):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", match.group(1)))
         split = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match.group(2))
         return math.prod(int(part or sizes[axis]) for axis, part in split)

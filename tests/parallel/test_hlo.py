@@ -101,7 +101,8 @@ ENTRY %main (x: f32[32,32]) -> (u32[], f32[32,32]) {
     "groups, size",
     [
         ("replica_groups={}", 8), ("replica_groups={{0,1,2,3},{4,5,6,7}}", 4), ("replica_groups=[4,2]<=[8]", 2),
-        ("replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}", 4), ("use_global_device_ids=true", 8),
+        ("replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}", 4),
+        ("replica_groups=mesh['a'=1,'b'=2,'c'=4], device_ids=([2,2,2]T(1,0,2)) {'b'}", 2), ("use_global_device_ids=true", 8),
     ],
 )  # fmt: skip
 def test_a_collective_is_among_the_devices_that_it_names_or_all(groups, size):
