@@ -48,7 +48,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
         make_chat_format=lambda: ChatFormat(workspace().encoder, max_prompt_tokens=config.sampler.max_prompt_tokens),
         image_hosts=tuple(config.sampler.image_hosts),
         weight_roots=[workdir / "checkpoints", *map(Path, config.sampler.weight_roots)],
-        transfers=config.sampler.transfers,
+        transfers=config.sampler.transfers, folder=workdir,
     )  # fmt: skip
 
 
