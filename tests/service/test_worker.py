@@ -1,8 +1,11 @@
 """The thread that owns the engine: errors, cancellation, and the order of commands."""
 
+import jax.numpy as jnp
 import pytest
+from fastapi.testclient import TestClient
 
 from ares_jax.errors import UserError
+from ares_jax.service.server import make_app
 from ares_jax.service.worker import Worker
 from tests.service import fake
 
@@ -36,6 +39,18 @@ def test_a_broken_engine_fails_all_and_the_worker_says_why(worker):
         with pytest.raises(RuntimeError, match="boom"):
             later.result(5)
     assert "boom" in worker.failure
+
+
+def test_too_little_memory_is_said_with_what_to_change_and_a_profile(engine, tmp_path):
+    engine.step = lambda: jnp.zeros(2**46).block_until_ready()
+    worker = Worker(engine, tmp_path)
+    with pytest.raises(RuntimeError, match=r"the engine failed: out of device memory .* fewer sampler.pages"):
+        worker.rollout(fake.request(1)).result(60)
+    worker.stop()
+    with TestClient(make_app(worker, model_name="m")) as client:
+        answer = client.get("/health")
+    assert answer.status_code == 500 and f"{tmp_path}/memory.sampler.prof shows what was there" in answer.json()["reason"]
+    assert (tmp_path / "memory.sampler.prof").stat().st_size > 0
 
 
 def test_a_cancelled_group_leaves_the_engine(worker, engine):
