@@ -25,8 +25,8 @@ from ares_jax import cli
 from ares_jax.errors import UserError
 from ares_jax.evaluation.answers_so_far import AnswersSoFar
 from ares_jax.evaluation.arguments import plain_arguments
-from ares_jax.lifecycle import preemption
 from ares_jax.evaluation.asking import Asked
+from ares_jax.lifecycle import preemption
 
 TOPICS = {
     "A model on benchmarks": (

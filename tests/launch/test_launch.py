@@ -106,7 +106,8 @@ def test_the_batch_script_is_one():
 )
 def test_a_stopped_or_crashed_job_is_queued_again_but_not_for_ever(tmp_path, codes, requeued):
     """The batch script itself, with stand-ins for SLURM's commands."""
-    for name, text in {"srun": '[[ $(cat code) != 75 ]] || touch stopped; exit "$(cat code)"', "scontrol": 'echo "$@" > requeued'}.items():
+    srun = '[[ $(cat code) != 75 ]] || touch stopped; exit "$(cat code)"'
+    for name, text in {"srun": srun, "scontrol": 'echo "$@" > requeued'}.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     flags = ["--nodes=1", f"--workdir={tmp_path}", "--config=c.py", "--crashes=2", "--dry_run"]

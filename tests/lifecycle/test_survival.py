@@ -82,6 +82,34 @@ def test_a_hung_collective_shows_its_stacks(tmp_path):
     assert "barrier" in stacks
 
 
+def test_what_is_no_step_is_watched_too_and_an_answer_feeds_it():
+    code = """
+import sys, time
+from ares_jax.lifecycle.watchdog import feed, watchdog
+from ares_jax.sampling.everyone import Everyone
+class Client:
+    break_off = None
+    def rollouts(self, requests, on_group):
+        for i in range(len(requests)):
+            time.sleep(0.4)
+            on_group(i, i)
+        return list(requests)
+with watchdog(1.0):
+    Everyone(Client()).rollouts(range(5))
+    print("asked", flush=True)
+    with watchdog(0.0):
+        time.sleep(1.5)
+    print("inside", flush=True)
+    time.sleep(1.5)
+feed()
+time.sleep(1.5)
+"""
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    asked, _, rest = done.stdout.partition("asked")
+    inside, _, outside = rest.partition("inside")
+    assert done.returncode == 0 and "Timeout" not in asked + inside and outside.count("Timeout (0:00:01)!") == 1, done.stdout
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="takes another user's rights")
 @pytest.mark.parametrize("mode", ["full", "forbidden"])
 def test_a_full_disk_or_a_forbidden_folder_leaves_the_last_checkpoint(tmp_path, mode):
