@@ -13,6 +13,7 @@ def watchdog(seconds: float) -> Iterator[None]:
     """In this block all stacks go to stderr whenever `seconds` pass without `feed`; 0: never. The timer needs no GIL."""
     global _seconds
     before, _seconds = _seconds, seconds
+    faulthandler.cancel_dump_traceback_later()
     feed()
     try:
         yield
