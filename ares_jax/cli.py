@@ -4,7 +4,6 @@ import errno
 import json
 import multiprocessing
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from ares_jax import __version__
 from ares_jax.config import to_plain
 from ares_jax.errors import Preempted, UserError
 from ares_jax.flag_help import flag_help
+from ares_jax.lifecycle import preemption
 from ares_jax.lifecycle.memory import explained, is_out_of_memory
 from ares_jax.lifecycle.startup import STARTUP
 from ares_jax.metrics import write_atomic
@@ -67,12 +67,7 @@ def run(
         if how == "together":
             distributed.initialize()
             STARTUP.mark("processes")
-            _stop_on_sigterm()
-            if workdir is not None and is_first():
-                (workdir / STOPPED).unlink(missing_ok=True)
-        if config is not None and workdir is not None:
-            prepare_jax(workdir)
-        main(config, workdir)
+        _until_told(lambda: main(config, workdir), config, workdir, together=how == "together")
     except (UserError, DataError) as error:
         _end(2, f"error: {error}")
     except OSError as error:
@@ -84,13 +79,25 @@ def run(
         if workdir is None or not is_out_of_memory(error):
             raise
         _end(2, f"error: {explained(error, workdir)}")
-    except Preempted as stop:
-        if workdir is not None:
-            write_atomic(workdir / STOPPED, f"{stop}\n")
-        _end(0, f"stopped: {stop}; the same command resumes")
     except KeyboardInterrupt:
         print("stopped; the same command resumes", file=sys.stderr)
         sys.exit(130)
+
+
+def _until_told(main: Callable[[], None], config: ConfigDict | None, workdir: Path | None, *, together: bool) -> None:
+    """Calls `main`; ends the process with 0 if a SIGTERM stops it."""
+    try:
+        if together:
+            preemption.listen()
+            if workdir is not None and is_first():
+                (workdir / STOPPED).unlink(missing_ok=True)
+        if config is not None and workdir is not None:
+            prepare_jax(workdir)
+        main()
+    except Preempted as stop:
+        if together and workdir is not None:
+            write_atomic(workdir / STOPPED, f"{stop}\n")
+        _end(0, f"stopped: {stop}; the same command resumes")
 
 
 def _end(code: int, message: str) -> None:
@@ -107,16 +114,6 @@ def _end(code: int, message: str) -> None:
     logging.flush()
     sys.stdout.flush()
     os._exit(code)
-
-
-def _stop_on_sigterm() -> None:
-    """Between training loops, which save first, SIGTERM ends a command that is alone: all it has done is on disk."""
-    if distributed.is_alone():
-
-        def stop(number, frame):
-            raise Preempted("all that was done is on disk")
-
-        signal.signal(signal.SIGTERM, stop)
 
 
 def _parse(argv: list[str], config_optional: bool, workdir_optional: bool) -> tuple[ConfigDict | None, Path | None]:

@@ -53,7 +53,7 @@ def default_config() -> ConfigDict:
     lora = c.lora = ConfigDict()  # low-rank adaptation of the text decoder: then nothing else is trained
     lora.rank = 0  # of the factors; 0: off
     lora.alpha = 32.0  # their product counts alpha / rank times
-    c.watchdog_seconds = 3600.0  # a training step (its rollouts, too) that takes longer dumps all stacks; 0: never
+    c.watchdog_seconds = 3600.0  # where no step ends, and no answer comes, for so long, all stacks are dumped; 0: never
 
     h = c.mesh = ConfigDict()  # how the learner's devices are used; one may be -1: what the others leave
     h.data = 1  # parameters repeated

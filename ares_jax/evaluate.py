@@ -23,8 +23,10 @@ from tqdm import tqdm
 
 from ares_jax import cli
 from ares_jax.errors import UserError
+from ares_jax.evaluation.answers_so_far import AnswersSoFar
 from ares_jax.evaluation.arguments import plain_arguments
 from ares_jax.evaluation.asking import Asked
+from ares_jax.lifecycle import preemption
 
 TOPICS = {
     "A model on benchmarks": (
@@ -37,7 +39,7 @@ TOPICS = {
     "A judge": ("judge_model", "judge_base_url", "judge_api_key"),
     "Two evaluations side by side": ("compare",),
     "Every stage of a run": ("config", "workdir"),
-    "Several processes": ("coordinator_address", "num_processes", "process_id"),
+    "Several processes": ("coordinator_address", "num_processes", "process_id", "heartbeat_timeout"),
 }  # fmt: skip
 
 _SYSTEM_PROMPT = (  # the original's
@@ -98,6 +100,7 @@ def _benchmarks(config: ConfigDict | None, workdir: Path | None) -> None:
     from ares_jax.evaluation.report import line
     from ares_jax.evaluation.results import run_benchmark
 
+    preemption.listen()  # every answer is kept as it comes
     benchmarks, output, data = chosen(_DATASETS.value), Path(_OUTPUT.value), Path(_DATASET_DIR.value)
     for benchmark in benchmarks:  # what is missing is named before a model is loaded, not hours later
         find_folder(benchmark, data)
@@ -161,27 +164,35 @@ def _compare(runs: list[str]) -> None:
 def _stages(config: ConfigDict, workdir: Path) -> None:
     """Accuracy and response length of every trained stage of a run on its test split."""
     from ares_jax.evaluation.harness import evaluate
+    from ares_jax.lifecycle.watchdog import watchdog
     from ares_jax.metrics import stage, write_json
-    from ares_jax.parallel.distributed import from_first
+    from ares_jax.parallel.distributed import is_first
     from ares_jax.workspace import everyone, open_workspace
 
     workspace, e = open_workspace(config, workdir), config.evaluation
     prompts = workspace.prompts("test")
-    with stage(workdir, "evaluation") as record, workspace.sampler() as client:
+    drawn = {
+        "seed": config.seed, "max_new_tokens": config.sampler.max_response_tokens, "temperature": e.temperature,
+        "top_p": e.top_p,
+    }  # fmt: skip
+    with stage(workdir, "evaluation") as record, watchdog(config.watchdog_seconds), workspace.sampler() as client:
         tokens = 0.0
         for version, name in enumerate(workspace.trained_stages()):
             step = workspace.checkpoints(name).latest()
             path = workdir / "evaluation" / f"{name}.json"
-            if from_first(partial(_holds, path, step)):
+            if preemption.from_first(partial(_holds, path, step)):
                 continue  # these very weights were evaluated already: all processes go by what one sees
             workspace.push(client, workspace.params(name), version)
-            with tqdm(total=len(prompts), desc=f"evaluate {name}", unit="problem") as bar:
+            so_far = AnswersSoFar(path.parent, name, {"step": step, "problems": list(config.data.test), **drawn})
+            progress = {"total": len(prompts), "initial": len(so_far.known), "unit": "problem"}
+            with so_far, tqdm(desc=f"evaluate {name}", **progress) as bar:
                 result = evaluate(
-                    everyone(client), prompts, workspace.decode, name=name, split="test", seed=config.seed,
-                    max_new_tokens=config.sampler.max_response_tokens, temperature=e.temperature, top_p=e.top_p,
-                    samples_shown=e.samples_shown, on_group=partial(_advance, bar),
+                    everyone(client), prompts, workspace.decode, name=name, split="test", **drawn,
+                    samples_shown=e.samples_shown, known=so_far.known, on_answer=partial(_keep, so_far, bar),
                 )  # fmt: skip
             write_json(path, {**result, "step": step})
+            if is_first():
+                so_far.remove()
             tokens += sum(level["problems"] * level["mean_tokens"] for level in result["levels"].values())
         record["tokens"] = tokens
 
@@ -190,7 +201,8 @@ def _holds(path: Path, step: int | None) -> bool:
     return path.exists() and json.loads(path.read_text()).get("step") == step
 
 
-def _advance(bar: tqdm, index: int) -> None:
+def _keep(so_far: AnswersSoFar, bar: tqdm, index: int, response: str, tokens: int) -> None:
+    so_far.keep(index, response, tokens)
     bar.update()
 
 

@@ -65,6 +65,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
         image_hosts=tuple(config.sampler.image_hosts),
         weight_roots=[workdir / "checkpoints", *map(epath.Path, config.sampler.weight_roots)],
         transfers=config.sampler.transfers, drain_seconds=config.sampler.drain_seconds, on_ready=_tell_start,
+        folder=workdir,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from ares_jax.workspace import open_workspace
 TOPICS = {
     "The run (every field: ares_jax/config.py)": ("config", "workdir"),
     "A trace of it": ("profile_steps",),
-    "Several processes": ("coordinator_address", "num_processes", "process_id"),
+    "Several processes": ("coordinator_address", "num_processes", "process_id", "heartbeat_timeout"),
 }
 
 

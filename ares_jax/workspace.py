@@ -251,9 +251,9 @@ def sampler_mesh(config: ConfigDict) -> jax.sharding.Mesh:
     return make_mesh(tensor=count, devices=devices[:count])
 
 
-def everyone(client: Sampler) -> Sampler | Everyone:
+def everyone(client: Sampler) -> Everyone:
     """Returns a client with which all processes share the same requests, and each gets all groups."""
-    return Everyone(client) if jax.process_count() > 1 else client
+    return Everyone(client)
 
 
 def open_workspace(

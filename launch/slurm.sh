@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# Submits one command of ares_jax to SLURM, one process a node with all its GPUs. Two minutes before the time limit, or when
-# it is preempted, the run saves, and the job is queued again until it is done. --workdir is on storage all nodes see.
+# Submits one command of ares_jax to SLURM, one process a node with all its GPUs. Five minutes before the time limit, or when
+# it is preempted, the run saves, and the job is queued again until it is done. So it is after a crash, such as the loss of a
+# process, --crashes times at most between two orderly ends; bad input (exit code 2) ends it. --workdir is on storage all
+# nodes see.
 # Nodes are taken whole, unless --cpus and --memory say how much of each. `convert` and `report` are one process, on one node.
 #
 #   launch/slurm.sh --nodes=4 --gpus=8 --workdir=/shared/runs/7b --config=configs/qwen2_5_vl_7b_aepo.py \
-#     [--command=train] [--partition=P] [--time=24:00:00] [--cpus=32] [--memory=256G] [--python=.venv/bin/python] [--dry_run] \
-#     [-- --config.x=y ...]
+#     [--command=train] [--partition=P] [--time=24:00:00] [--cpus=32] [--memory=256G] [--python=.venv/bin/python] \
+#     [--crashes=5] [--dry_run] [-- --config.x=y ...]
 set -euo pipefail
 
-nodes=1 gpus=8 workdir='' config='' command=train partition='' limit=24:00:00 cpus='' memory='' python=.venv/bin/python dry_run=''
+nodes=1 gpus=8 workdir='' config='' command=train partition='' limit=24:00:00 cpus='' memory='' python=.venv/bin/python crashes=5 \
+  dry_run=''
 while [[ $# -gt 0 ]]; do
   case $1 in
     --nodes=*) nodes=${1#*=} ;;
@@ -21,6 +24,7 @@ while [[ $# -gt 0 ]]; do
     --cpus=*) cpus=${1#*=} ;;
     --memory=*) memory=${1#*=} ;;
     --python=*) python=${1#*=} ;;
+    --crashes=*) crashes=${1#*=} ;;
     --dry_run) dry_run=1 ;;
     --) shift && break ;;
     *) echo "error: $1 is unknown; the head of $0 lists the flags" >&2 && exit 2 ;;
@@ -55,16 +59,22 @@ script() {
 $share
 #SBATCH --time=$limit
 #SBATCH --requeue
-#SBATCH --signal=TERM@120
+#SBATCH --signal=TERM@300
 #SBATCH --open-mode=append
 #SBATCH --output=$workdir/slurm.%j.log
 ${partition:+#SBATCH --partition=$partition}
 set -uo pipefail
 export XLA_PYTHON_CLIENT_MEM_FRACTION="\${XLA_PYTHON_CLIENT_MEM_FRACTION:-.95}" # JAX's default is three quarters
+rm -f "$stop/stopped" # of the attempt before
 # The cores are named, or srun gives a task one of them.
 srun --label --kill-on-bad-exit=0 --cpus-per-task="\${SLURM_CPUS_PER_TASK:-\$SLURM_CPUS_ON_NODE}"$line
 code=\$?
+crashed="$workdir/crashes.\$SLURM_JOB_ID" # a line for each since the last orderly end
 if [[ -e "$stop/stopped" ]]; then
+  rm -f "\$crashed"
+  scontrol requeue "\$SLURM_JOB_ID"
+elif [[ \$code -ne 0 && \$code -ne 2 && \$(cat "\$crashed" 2>/dev/null | wc -l) -lt $crashes ]]; then
+  date >> "\$crashed"
   scontrol requeue "\$SLURM_JOB_ID"
 fi
 exit "\$code"

@@ -48,6 +48,19 @@ def test_a_sampler_that_is_not_there(tmp_path):
     assert result.returncode == 2 and "cannot be reached" in result.stderr
 
 
+def test_too_little_memory_is_said_with_what_to_change(tmp_path):
+    """A cache of petabytes: in this process, and in the service that it starts."""
+    flags = ["--config.cold_start.warmup_steps=0", "--config.sampler.pages=1000000000000"]
+    profile = tmp_path / "memory.0.prof"
+    for colocated in (True, False):
+        flag = f"--config.sampler.colocated={colocated}"
+        result = run("ares_jax.cold_start", CONFIG, f"--workdir={tmp_path}", *flags, flag)
+        (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert result.returncode == 2 and "out of device memory (RESOURCE_EXHAUSTED" in line, result.stderr
+        assert "for the sampler fewer sampler.pages" in line and profile.stat().st_size > 0
+        profile.unlink()
+
+
 def test_an_unreadable_image(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     (tmp_path / "p.jsonl").write_text('{"question": "q", "answer": "1", "images": ["broken.png"], "responses": ["r"]}\n' * 8)

@@ -120,6 +120,38 @@ def test_aepo_begins_with_published_weights_where_there_is_no_cold_start(workdir
     assert [record["step"] for record in read_jsonl(folder / "aepo" / "metrics.jsonl")] == [0, 1]
 
 
+def test_an_evaluation_told_to_go_keeps_its_answers_and_the_next_one_compiles_nothing(workdir, tmp_path):
+    """With the cache of compiled programs that a command has by itself: the tests' own is not theirs."""
+    folder = tmp_path / "run"
+    shutil.copytree(workdir, folder, ignore=shutil.ignore_patterns("evaluation", "export"))
+    mine = {name: value for name, value in environment().items() if not name.startswith("JAX_") or name == "JAX_PLATFORMS"}
+    mine |= {"JAX_DEBUG_LOG_MODULES": "jax._src.compiler"}
+
+    def cached():
+        log = (folder / "sampler.log").read_text()
+        return [log.lower().count(f"persistent compilation cache {what}") for what in ("hit", "miss")]
+
+    process = subprocess.Popen(line("evaluate", folder), env=mine, stderr=subprocess.PIPE, text=True)
+    kept = folder / "evaluation" / "base.0.jsonl"
+    while not read_jsonl(kept) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate()[1]
+    assert process.returncode == 0 and "stopped: all that was done is on disk" in said, said[-2000:]
+    (hits, misses), before = cached(), {r["index"]: r["response"] for r in read_jsonl(kept)}
+    assert before and misses > hits and any((folder / "compilation_cache").iterdir())
+    kept.write_text(kept.read_text().replace(next(iter(before.values())), "kept", 1) + '{"index": 5, "resp')  # and cut off
+    result = subprocess.run(line("evaluate", folder), env=mine, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    samples = json.loads((folder / "evaluation" / "base.json").read_text())["samples"]
+    assert samples[next(iter(before))]["response"] == "kept"
+    for name in ("cold_start", "aepo"):
+        mine, expected = (json.loads((run / "evaluation" / f"{name}.json").read_text()) for run in (folder, workdir))
+        assert mine == expected
+    assert cached()[0] > hits and cached()[1] < misses
+    assert not list((folder / "evaluation").glob("*.jsonl"))
+
+
 def test_the_export_is_the_model(workdir):
     workspace = open_workspace(get_config(str(workdir / "config.json")), workdir)
     theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(workdir / "export").eval()

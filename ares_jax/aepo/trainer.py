@@ -34,6 +34,7 @@ from ares_jax.cold_start.hard_split import held_out
 from ares_jax.errors import Preempted, UserError
 from ares_jax.evaluation.harness import evaluate, overall_accuracy
 from ares_jax.flops import update_flops
+from ares_jax.lifecycle import preemption
 from ares_jax.lifecycle.startup import STARTUP
 from ares_jax.lifecycle.steps import Steps
 from ares_jax.metrics import MetricsWriter, append_jsonl, read_jsonl, write_atomic
@@ -141,6 +142,7 @@ class Trainer:
             trainable=trained,
         )
         self.folder = workspace.folder / "aepo"
+        self.background = ThreadPoolExecutor(1)
         encoder = HoldingOut(workspace.encoder, held_out(workspace.folder / "cold_start"))
         self.prompts = workspace.stream(workspace.problems("train"), encoder, seed=self.config.seed + 1)
         self.checkpoints = workspace.checkpoints("aepo")
@@ -175,46 +177,49 @@ class Trainer:
         """Trains to the end with the samplers behind `client`. Returns the number of response tokens sampled."""
         self.client, a = client, self.aepo
         STARTUP.mark("sampler")
-        self.push()
-        if self.iteration == 0:
-            self.writer.write(0, self.validate())
-        if math.isnan(self.state.tau_high):
-            self.state = self.state._replace(tau_high=np.array(self.calibrated_threshold()))
-        bar = tqdm(total=a.steps, initial=self.iteration, desc="aepo", unit="step")
-        STARTUP.mark("first weights pushed, validation")
-        background = ThreadPoolExecutor(1)
         draw: Future[_Draw] | None = None
+        stop = False  # before the end
         waited = 0.0  # seconds that nothing was learned because the next trees were not complete
         saving: dict[str, float] = {}  # of the step before: a step is saved once its metrics are written
         with self.steps as around:
+            self.push()
+            if self.iteration == 0:
+                self.writer.write(0, self.validate())
+            if math.isnan(self.state.tau_high):
+                self.state = self.state._replace(tau_high=np.array(self.calibrated_threshold()))
+            bar = tqdm(total=a.steps, initial=self.iteration, desc="aepo", unit="step")
+            STARTUP.mark("first weights pushed, validation")
             while self.iteration < a.steps and not self.out_of_tokens():
                 with around.step(self.iteration):
                     begin = time.time()
-                    draw = draw or self.draw_in(background, self.iteration)
-                    while not around.noticed and not wait([draw], timeout=0.2).done:
-                        pass
-                    if around.noticed:
+                    draw = draw or self.begin_draw(self.iteration)
+                    now = self.complete(draw, self.iteration)
+                    if now is None:
                         around.broken_off()
+                        stop = True
                         break
-                    now, draw = self.complete(draw.result(), self.iteration), None
+                    draw = None
                     waited += time.time() - begin
                     if a.staleness and self.iteration + 1 < a.steps:
                         # The next trees are drawn with the present weights while these teach the next ones.
-                        draw = self.draw_in(background, self.iteration + 1)
+                        draw = self.begin_draw(self.iteration + 1)
                     values = self.learn(now) | {
                         "time/sample": now.seconds, "time/data": now.waited, "time/wait": waited,
                         "overlap": max(0.0, 1 - waited / now.seconds),
                         "tokens_per_second/sample": now.tokens / now.seconds,
                     } | saving  # fmt: skip
                     # A tree has one policy: weights change between two batches only.
-                    waited = _seconds(wait, [draw]) if draw is not None and not around.noticed else 0.0
+                    waited = _seconds(self.wait_for, draw) if draw is not None else 0.0
                 self.iteration += 1
                 last = self.iteration == a.steps or self.out_of_tokens()
                 stop = around.must_stop() and not last
                 if not stop:
                     values["time/push"] = _seconds(self.push)
                     if self.iteration % a.validate_every == 0 or last:
-                        values |= self.validate()
+                        try:
+                            values |= self.validate()
+                        except Preempted:  # the step is whole without it
+                            stop = True
                 values["time/step"] = time.time() - begin
                 values["tokens_per_second/step"] = now.tokens / values["time/step"]
                 self.writer.write(self.iteration, values | {"goodput": around.goodput()})
@@ -229,14 +234,16 @@ class Trainer:
                     tokens=f"{values['length']:.0f}", branches=f"{values['branches']:.0f}",
                     overlap=f"{values['overlap']:.0%}", tok_s=f"{values['tokens_per_second/step']:.0f}",
                 )  # fmt: skip
-        background.shutdown(wait=False, cancel_futures=True)
-        bar.close()
-        self.writer.close()
-        if self.iteration < a.steps and not self.out_of_tokens():
-            if self.iteration != self.saved:
-                self.save(None)
-            self.checkpoints.wait()
-            raise Preempted(f"saved AEPO at step {self.iteration} of {a.steps}")
+            bar.close()
+            if draw is not None:  # a colocated sampler's programs must not meet those that save
+                self.client.break_off()
+            self.background.shutdown()
+            self.writer.close()
+            if stop:
+                if self.iteration != self.saved:
+                    self.save(None)
+                self.checkpoints.wait()
+                raise Preempted(f"saved AEPO at step {self.iteration} of {a.steps}")
         self.checkpoints.wait()
         self.checkpoints.close()
         return self.tokens
@@ -248,8 +255,18 @@ class Trainer:
         """Gives the sampler the present weights."""
         self.workspace.push(self.client, self.train_state.params, self.iteration)
 
-    def draw_in(self, background: ThreadPoolExecutor, iteration: int) -> "Future[_Draw]":
-        return background.submit(self.draw, iteration, 0, self.aepo.prompts_per_step, self.state)
+    def begin_draw(self, iteration: int) -> "Future[_Draw]":
+        return self.background.submit(self.draw, iteration, 0, self.aepo.prompts_per_step, self.state)
+
+    def wait_for(self, draw: "Future[_Draw]") -> None:
+        """Returns once a draw has ended; it is broken off if a process is told to go."""
+        with preemption.breaking_off(self.client.break_off):
+            wait([draw])
+
+    def drawn(self, draw: "Future[_Draw]") -> "_Draw | None":
+        """Returns what was drawn; None, in all processes, if one of them was told to go meanwhile."""
+        self.wait_for(draw)
+        return None if preemption.agreed() else draw.result()
 
     def learn(self, batch: "_Batch") -> dict[str, float]:
         """Updates the policy on a batch, moves thresholds and controllers, and returns the metrics."""
@@ -323,15 +340,16 @@ class Trainer:
         verdicts = grade(prompts, groups, self.workspace.decode)
         return _Draw(prompts, groups, *verdicts, state, time.time() - begin, waited)
 
-    def complete(self, draw: "_Draw", iteration: int) -> "_Batch":
-        """Scores and filters what all processes drew, and draws again until `prompts_per_step` groups survive."""
+    def complete(self, begun: "Future[_Draw]", iteration: int) -> "_Batch | None":
+        """Scores and filters what all processes drew, and draws again until `prompts_per_step` groups survive.
+
+        None, in all processes, if one of them was told to go meanwhile.
+        """
         a = self.aepo
-        state, seconds, waited, tokens = draw.state, 0.0, 0.0, 0
+        seconds, waited, tokens, attempt = 0.0, 0.0, 0, 0
         drawn: list[ScoredGroup] = []
         kept: list[ScoredGroup] = []
-        for attempt in range(a.filter.attempts):
-            if attempt:
-                draw = self.draw(iteration, attempt, a.prompts_per_step - len(kept), state)
+        while (draw := self.drawn(begun)) is not None:
             scored = self.scored(draw)
             seconds, waited = seconds + draw.seconds, waited + draw.waited
             tokens += sum(len(leaf.token_ids) - leaf.branch_position for s in scored for leaf in s.group.leaves)
@@ -340,12 +358,15 @@ class Trainer:
             if (useful := len(kept)) >= a.prompts_per_step:
                 kept = kept[: a.prompts_per_step]
                 return _Batch(drawn, kept, useful, tokens, self.prompts.get_state(), seconds, waited)
-        raise UserError(
-            f"only {len(kept)} of {len(drawn)} groups had a mean reward within [{a.filter.low}, {a.filter.high}] after "
-            f"{a.filter.attempts} attempts, {a.prompts_per_step} are needed; right leaves a group: "
-            f"{pass_rate_histogram([s.accuracy for s in drawn], a.group_size)}. Choose problems nearer to the model's "
-            "ability, or widen aepo.filter"
-        )
+            if (attempt := attempt + 1) == a.filter.attempts:
+                raise UserError(
+                    f"only {len(kept)} of {len(drawn)} groups had a mean reward within [{a.filter.low}, {a.filter.high}] "
+                    f"after {attempt} attempts, {a.prompts_per_step} are needed; right leaves a group: "
+                    f"{pass_rate_histogram([s.accuracy for s in drawn], a.group_size)}. Choose problems nearer to the "
+                    "model's ability, or widen aepo.filter"
+                )
+            begun = self.background.submit(self.draw, iteration, attempt, a.prompts_per_step - len(kept), draw.state)
+        return None
 
     def scored(self, draw: "_Draw") -> list[ScoredGroup]:
         """Returns the groups of all processes, scored; of the others' prompts only what is not pixels."""

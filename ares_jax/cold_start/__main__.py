@@ -18,9 +18,10 @@ from ares_jax.cold_start.sft import example, fine_tune
 from ares_jax.cold_start.teacher import check as check_teacher
 from ares_jax.cold_start.teacher import longest_trace, normalised_traces, teacher_responses
 from ares_jax.errors import UserError
+from ares_jax.lifecycle.preemption import from_first
 from ares_jax.lifecycle.startup import STARTUP
+from ares_jax.lifecycle.watchdog import watchdog
 from ares_jax.metrics import stage
-from ares_jax.parallel.distributed import from_first
 from ares_jax.parallel.micro_batch import check_rows, share_of
 from ares_jax.sampling.requests import derive_seed
 from ares_jax.workspace import Workspace, everyone, open_workspace
@@ -30,7 +31,7 @@ from data_pipeline.problems import Problem
 TOPICS = {
     "The run (every field: ares_jax/config.py)": ("config", "workdir"),
     "A trace of it": ("profile_steps",),
-    "Several processes": ("coordinator_address", "num_processes", "process_id"),
+    "Several processes": ("coordinator_address", "num_processes", "process_id", "heartbeat_timeout"),
 }
 
 
@@ -102,7 +103,7 @@ def _selected(workspace: Workspace, indices: list[int]) -> list[tuple[int, str, 
 def _pass_rates(workspace: Workspace, indices: list[int], path: Path) -> list[dict]:
     if workspace.config.cold_start.endpoint.url:
         return from_first(lambda: endpoint_pass_rates(workspace, indices, path))
-    with workspace.sampler() as client:
+    with watchdog(workspace.config.watchdog_seconds), workspace.sampler() as client:
         workspace.push(client, workspace.params("base"), 0)
         return measure_pass_rates(workspace, everyone(client), indices, path)
 

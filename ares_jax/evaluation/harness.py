@@ -1,10 +1,11 @@
 """Ask a sampler service every problem of a split once, grade the answers, count their tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ares_jax.evaluation.grading import is_correct
 from ares_jax.evaluation.intervals import wilson_interval
 from ares_jax.sampling.requests import derive_seed, rollout_request
+from ares_jax.sampling.trajectory import RolloutGroup
 from data_pipeline.images import to_data_url
 from data_pipeline.prompts import Prompt
 
@@ -23,25 +24,38 @@ def evaluate(
     temperature: float,
     top_p: float,
     samples_shown: int,
-    on_group: Callable[[int], None] = lambda index: None,
+    known: Mapping[int, Mapping] | None = None,
+    on_answer: Callable[[int, str, int], None] = lambda index, response, tokens: None,
 ) -> dict:
     """Returns accuracy (with a 95 % Wilson interval) and mean response tokens per level, and some samples to show.
 
-    The result is what `evaluation/<name>.json` holds; `decode` turns token ids into text; `on_group` is told of progress.
+    The result is what `evaluation/<name>.json` holds; `decode` turns token ids into text.
+
+    Args:
+      known: {"response", "tokens"} by a prompt's index: what is not asked again.
+      on_answer: is told of index, response and tokens of each answer as this process gets it.
     """
+    known = known or {}
+    todo = [index for index in range(len(prompts)) if index not in known]
     requests = [
         rollout_request(
             prompt, seed=derive_seed(seed, split, prompt.problem_id), group_size=1, max_new_tokens=max_new_tokens,
             temperature=temperature, top_p=top_p,
         )
-        for prompt in prompts
+        for prompt in map(prompts.__getitem__, todo)
     ]  # fmt: skip
-    groups = client.rollouts(requests, on_group=lambda index, group: on_group(index))
+
+    def answer(group: RolloutGroup) -> tuple[str, int]:
+        token_ids = group.leaves[0].token_ids.tolist()
+        return decode(token_ids), len(token_ids)
+
+    groups = client.rollouts(requests, on_group=lambda place, group: on_answer(todo[place], *answer(group)))
+    answers = {index: (line["response"], line["tokens"]) for index, line in known.items()}
+    answers |= {index: answer(group) for index, group in zip(todo, groups, strict=True)}
     records = []
-    for prompt, group in zip(prompts, groups, strict=True):
-        leaf = group.leaves[0]
-        response = decode(leaf.token_ids.tolist())
-        records.append((prompt, response, is_correct(response, prompt.answer), len(leaf.token_ids)))
+    for index, prompt in enumerate(prompts):
+        response, tokens = answers[index]
+        records.append((prompt, response, is_correct(response, prompt.answer), tokens))
     levels = {}
     for level in LEVELS:
         mine = [record for record in records if record[0].level == level]

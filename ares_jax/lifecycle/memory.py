@@ -20,9 +20,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
-def explained(error: BaseException, folder: Path) -> UserError:
-    """Returns the error for the user; what lies on the devices is written to `folder/memory.<process>.prof` (pprof)."""
-    path = folder / f"memory.{jax.process_index()}.prof"
+def explained(error: BaseException, folder: Path, who: str = "") -> UserError:
+    """Returns the error for the user; what lies on the devices is written to `folder/memory.<who>.prof` (pprof).
+
+    `who`: by default the number of the process.
+    """
+    path = folder / f"memory.{who or jax.process_index()}.prof"
     try:
         jax.profiler.save_device_memory_profile(str(path))
         profile = f"; {path} shows what was there (pprof)"

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from ares_jax.lifecycle.preemption import Preemption
+from ares_jax.lifecycle import preemption
 from ares_jax.lifecycle.profiling import Profiler
 from ares_jax.lifecycle.startup import STARTUP
-from ares_jax.lifecycle.watchdog import Watchdog
+from ares_jax.lifecycle.watchdog import feed, watchdog
 from ares_jax.parallel.distributed import is_first
 
 
@@ -24,12 +24,12 @@ class Steps:
         state = state or {"since": time.time(), "useful": 0.0}
         self._since, self._useful = state["since"], state["useful"]
         self._warm = self._broken_off = False
-        self._preemption, self._watchdog, self._profiler = Preemption(), Watchdog(watchdog), Profiler(folder)
+        self._seconds, self._profiler = watchdog, Profiler(folder)
         self._stack = ExitStack()
 
     def __enter__(self) -> "Steps":
-        self._stack.enter_context(self._preemption)
-        self._stack.enter_context(self._watchdog)
+        self._stack.enter_context(preemption.held())
+        self._stack.enter_context(watchdog(self._seconds))
         self._stack.callback(self._profiler.close)
         return self
 
@@ -42,7 +42,7 @@ class Steps:
         begin, self._broken_off = time.time(), False
         with self._profiler.step(number):
             yield
-        self._watchdog.feed()
+        feed()
         if self._broken_off:
             return
         if self._warm:
@@ -55,14 +55,9 @@ class Steps:
         """Says that the present step will be done again."""
         self._broken_off = True
 
-    @property
-    def noticed(self) -> bool:
-        """Whether this process, alone, was told to go: it may break off what it waits for."""
-        return self._preemption.noticed
-
     def must_stop(self) -> bool:
         """Returns whether to save and go; every process calls it after every step."""
-        return self._preemption.reached()
+        return preemption.agreed()
 
     def goodput(self) -> float:
         return self._useful / max(time.time() - self._since, 1e-9)

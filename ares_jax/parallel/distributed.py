@@ -8,13 +8,14 @@ import itertools
 import math
 import os
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax._src.clusters import cloud_tpu_cluster  # what jax.distributed.initialize asks
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Shaped
@@ -23,17 +24,15 @@ from ares_jax.errors import UserError
 
 T = TypeVar("T")
 
-# Where a cluster says which of how many tasks a process is; GKE names all hosts of a TPU slice.
-_TASKS = (
-    ("SLURM_PROCID", "SLURM_NTASKS"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ("TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES"),
-)  # fmt: skip
+# Where a cluster says which of how many tasks a process is.
+_TASKS = (("SLURM_PROCID", "SLURM_NTASKS"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"))
 
 _PIECE = 2**28  # bytes
 _joined = False  # with other processes
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0; found by itself on TPU and SLURM")
 _COUNT = flags.DEFINE_integer("num_processes", None, "processes of the run, all given the same command", 1)
 _INDEX = flags.DEFINE_integer("process_id", None, "number of this process, from 0", 0)
+_HEARTBEAT = flags.DEFINE_integer("heartbeat_timeout", 100, "seconds of silence after which a process is lost: all end", 2)
 
 
 def initialize() -> None:
@@ -53,7 +52,7 @@ def initialize() -> None:
     # None restricted. JAX takes any task of SLURM or Open MPI for one of many on its host, and would give it one GPU.
     devices: dict[str, Any] = {"local_device_ids": []} if _one_a_host(os.environ) else {}
     try:
-        jax.distributed.initialize(**given, **devices)
+        jax.distributed.initialize(**given, **devices, heartbeat_timeout_seconds=_HEARTBEAT.value)
         _joined = True
     except Exception as error:  # gRPC's own types, and whatever a cluster's detection raises
         if not given and "coordinator_address should be defined" in str(error):
@@ -83,16 +82,29 @@ def require_alone(command: str) -> None:
 
 
 def task() -> tuple[int, int]:
-    """Returns the number of this process, and of how many, by flags, SLURM, Open MPI or GKE; (0, 1) elsewhere.
+    """Returns the number of this process, and of how many, by flags, SLURM, Open MPI or a TPU slice; (0, 1) elsewhere.
 
-    For a command that does not join the others: it looks at no device.
+    For a command that does not join the others: it looks at no device, and at the network (Google's metadata server) only
+    on a machine that has TPUs.
+
+    Raises:
+      UserError: the metadata server of a TPU VM does not say.
     """
     if _COUNT.value is not None:
         return _INDEX.value or 0, _COUNT.value
     for number, count in _TASKS:
         if number in os.environ and count in os.environ:
             all_of_them = os.environ[count]
-            return int(os.environ[number]), int(all_of_them) if all_of_them.isdigit() else len(all_of_them.split(","))
+            return int(os.environ[number]), int(all_of_them)
+    try:
+        for cluster in (cloud_tpu_cluster.GkeTpuCluster, cloud_tpu_cluster.GceTpuCluster):
+            if cluster.is_env_present():
+                return cluster.get_process_id(), cluster.get_process_count()
+    except (OSError, RuntimeError, ValueError) as error:  # requests' errors are OSErrors
+        raise UserError(
+            f"this machine has TPUs, and does not say which of its slice it is ({error}); give --num_processes=1 to the one "
+            "that is to do this"
+        ) from None
     return 0, 1
 
 
@@ -236,8 +248,3 @@ def joint_position(state: Mapping[str, int]) -> dict[str, int]:
 def own_position(state: Mapping[str, int]) -> dict[str, int]:
     """Returns this process's state from `joint_position`'s, which may come from another number of processes."""
     return {"position": -(-state["position"] // jax.process_count())}
-
-
-def from_first(make: Callable[[], T]) -> T:
-    """Returns what `make` gives on process 0, to every process: for work that is done once, such as asking an endpoint."""
-    return gather(make() if is_first() else None)[0]  # type: ignore[return-value]

@@ -1,7 +1,11 @@
 """One client out of those of all processes: each draws its share, each gets everything."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 
+from ares_jax.errors import BrokenOffError, Preempted
+from ares_jax.lifecycle import preemption
+from ares_jax.lifecycle.watchdog import feed
 from ares_jax.parallel.distributed import gather, interleaved, share
 from ares_jax.sampling.trajectory import RolloutGroup, RolloutRequest
 
@@ -17,7 +21,19 @@ class Everyone:
         requests: Sequence[RolloutRequest],
         on_group: Callable[[int, RolloutGroup], None] = lambda index, group: None,
     ) -> list[RolloutGroup]:
-        """Returns the groups in the order of `requests`; `on_group` is told of this process's own."""
-        places = share(range(len(requests)))
-        mine = self._client.rollouts(share(requests), on_group=lambda index, group: on_group(places[index], group))
-        return interleaved(gather(mine))
+        """Returns the groups in the order of `requests`; `on_group` is told of this process's own.
+
+        Raises `Preempted`, in all processes, if one was told to go meanwhile.
+        """
+        places, mine = share(range(len(requests))), None
+
+        def arrived(index: int, group: RolloutGroup) -> None:
+            feed()
+            on_group(places[index], group)
+
+        with preemption.held(), preemption.breaking_off(self._client.break_off), contextlib.suppress(BrokenOffError):
+            mine = self._client.rollouts(share(requests), on_group=arrived)
+        parts = gather(mine)
+        if any(part is None for part in parts):
+            raise Preempted(preemption.ON_DISK)
+        return interleaved(parts)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
+from ares_jax.errors import BrokenOffError
 from ares_jax.parallel.distributed import local_parts
 from ares_jax.sampling.engine import Engine
 from ares_jax.sampling.trajectory import RolloutGroup, RolloutRequest
@@ -13,7 +14,7 @@ class LocalSampler:
     """Draws with the engine of this process; weights go from device to device."""
 
     def __init__(self, engine: Engine):
-        self._engine = engine
+        self._engine, self._broken_off = engine, False
 
     def push_weights(self, params: Mapping[str, jax.Array], version: int) -> None:
         """Takes a copy of the weights, wherever they lie; every process calls it together."""
@@ -27,11 +28,20 @@ class LocalSampler:
         requests: Sequence[RolloutRequest],
         on_group: Callable[[int, RolloutGroup], None] = lambda index, group: None,
     ) -> list[RolloutGroup]:
-        """Returns the groups in the order of `requests`; `on_group(index, group)` is told of each as it is complete."""
+        """Returns the groups in the order of `requests`; `on_group(index, group)` is told of each as it is complete.
+
+        Raises `BrokenOffError` after `break_off`.
+        """
         place = {self._engine.submit(request): index for index, request in enumerate(requests)}
         groups: dict[int, RolloutGroup] = {}
         while self._engine.busy:
+            if self._broken_off:
+                raise BrokenOffError
             for number, group in self._engine.step():
                 groups[place[number]] = group
                 on_group(place[number], group)
         return [groups[index] for index in range(len(requests))]
+
+    def break_off(self) -> None:
+        """Ends `rollouts`, between two steps of the engine, and lets none begin any more. From any thread."""
+        self._broken_off = True

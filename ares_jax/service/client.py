@@ -17,7 +17,7 @@ import httpx
 import numpy as np
 from safetensors.numpy import save
 
-from ares_jax.errors import UserError
+from ares_jax.errors import BrokenOffError, UserError
 from ares_jax.sampling.trajectory import RolloutGroup, RolloutRequest
 from ares_jax.service import transfer
 from ares_jax.service.protocol import VERSION_HEADER, decode_group, encode_request
@@ -46,6 +46,8 @@ class RolloutClient:
         self.urls = tuple(urls)
         self._patience = patience
         self._pushed: _Weights | None = None  # for samplers that come back
+        self._jobs: list[_Job] = []  # in progress
+        self._broken_off = False
 
     def wait_until_ready(self) -> None:
         """Returns once every sampler answers. Raises `UserError` when the patience is over."""
@@ -100,8 +102,12 @@ class RolloutClient:
 
         Raises:
           UserError: a request is refused, or no sampler was reachable for `patience` seconds.
+          BrokenOffError: `break_off` was called.
         """
         job = _Job(requests, on_group, _chunks(requests, _STREAMS * len(self._samplers)))
+        self._jobs.append(job)
+        if self._broken_off:
+            job.fail(BrokenOffError())
         threads = [
             threading.Thread(target=self._work, args=(sampler, job), daemon=True)
             for sampler in self._samplers
@@ -115,11 +121,19 @@ class RolloutClient:
         except BaseException as error:  # Ctrl-C
             job.fail(error)
             raise
-        for thread in threads:
-            thread.join(timeout=1.0)  # one may still read a group that came from elsewhere
+        finally:
+            self._jobs.remove(job)
         if job.failure is not None:
             raise job.failure
+        for thread in threads:
+            thread.join(timeout=1.0)  # one may still read a group that came from elsewhere
         return [job.groups[index] for index in range(len(requests))]
+
+    def break_off(self) -> None:
+        """Ends `rollouts`, whatever the samplers do, and lets none begin any more. From any thread."""
+        self._broken_off = True
+        for job in list(self._jobs):
+            job.fail(BrokenOffError())
 
     def _work(self, sampler: "_Sampler", job: "_Job") -> None:
         while (chunk := job.next_chunk(sampler)) is not None:

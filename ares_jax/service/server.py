@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
@@ -206,11 +207,11 @@ def run_server(
     make_engine: Callable[[], EngineLike], *, host: str, port: int, model_name: str, ready_file: Path | None = None,
     make_chat_format: Callable[[], ChatFormat] | None = None, image_hosts: Sequence[str] = (),
     weight_roots: Sequence[Path | epath.Path] = (), transfers: bool = False, drain_seconds: float = _DRAIN,
-    on_ready: Callable[[], None] = lambda: None,
+    on_ready: Callable[[], None] = lambda: None, folder: Path = Path(),
 ) -> None:  # fmt: skip
     """Serves until SIGTERM, then lets running requests finish for `drain_seconds`. `port` 0 takes a free one.
 
-    `make_chat_format`, `image_hosts`, `weight_roots`, `transfers`: as of `make_app`.
+    `make_chat_format`, `image_hosts`, `weight_roots`, `transfers`: as of `make_app`; `folder`: as of `Worker`.
 
     `ready_file` receives {"url", "pid"} once the server answers, and `on_ready` is called. The token is the environment
     variable ARES_TOKEN.
@@ -229,7 +230,8 @@ def run_server(
         raise UserError(
             f"sampler.port={port} on {host}: {error.strerror}; stop what listens there, or use --config.sampler.port=0"
         ) from None
-    worker = Worker(make_engine())
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # while it loads there is nothing to drain
+    worker = Worker(make_engine(), folder)
     url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     chat_format = make_chat_format() if make_chat_format else None
     with shared_folder() as shared:

@@ -5,11 +5,13 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 
 from ares_jax.errors import UserError
+from ares_jax.lifecycle.memory import explained, is_out_of_memory
 from ares_jax.sampling.trajectory import Piece, RolloutGroup, RolloutRequest, Trajectory
 
 
@@ -57,10 +59,13 @@ class _Watch:
 
 
 class Worker:
-    """Runs the engine while there is work. Its methods may be called from any thread."""
+    """Runs the engine while there is work. Its methods may be called from any thread.
 
-    def __init__(self, engine: EngineLike):
-        self._engine = engine
+    `folder`: where a profile of the memory is written if there is too little.
+    """
+
+    def __init__(self, engine: EngineLike, folder: Path = Path()):
+        self._engine, self._folder = engine, folder
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._waiting: dict[int, Future] = {}
         self._numbers: dict[Future, int] = {}
@@ -170,7 +175,8 @@ class Worker:
                 command()
                 self._tell_loaded()
             except Exception as error:  # the engine's state is unknown now: say so to everyone, stay reachable
-                self.failure = f"the engine failed: {error!r}; restart the sampler"
+                reason = explained(error, self._folder, "sampler") if is_out_of_memory(error) else repr(error)
+                self.failure = f"the engine failed: {reason}; restart the sampler"
                 self._fail(self.failure)
 
     def _step(self) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 import signal
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 
 import jax
@@ -47,6 +48,9 @@ class InProcess:
             (version,) = {int(v) for g in groups for leaf in g.leaves for v in leaf.policy_version}
             self.versions.append(version)
         return groups
+
+    def break_off(self):
+        self.broken_off = True
 
 
 @pytest.fixture(scope="module")
@@ -162,13 +166,20 @@ def filling(rewards, **changes):
 
     asked: list[tuple[int, int]] = []
     prompts = SimpleNamespace(get_state=lambda: {"position": 9})
-    trainer = SimpleNamespace(aepo=a, draw=draw, scored=scored, prompts=prompts)
+    trainer = SimpleNamespace(
+        aepo=a, draw=draw, drawn=Future.result, scored=scored, prompts=prompts, background=ThreadPoolExecutor(1)
+    )
     return trainer, asked
+
+
+def completed(trainer, iteration, missing):
+    """What becomes of a first draw."""
+    return Trainer.complete(trainer, trainer.background.submit(trainer.draw, iteration, 0, missing, None), iteration)
 
 
 def test_a_batch_is_filled_up_with_groups_that_teach():
     trainer, asked = filling([0.5, 1.0, 0.0, 0.25, -0.1, 0.75, 0.1])
-    batch = Trainer.complete(trainer, trainer.draw(4, 0, 3, None), 4)
+    batch = completed(trainer, 4, 3)
     assert asked == [(0, 3), (1, 2), (2, 1)] and batch.next_prompt == {"position": 9}
     assert [s.rewards[0] for s in batch.kept] == [0.5, 0.25, 0.75] and len(batch.drawn) == 6
     assert (batch.tokens, batch.seconds, batch.waited) == (6 * 8 * 5, 3.0, 1.5)
@@ -177,7 +188,7 @@ def test_a_batch_is_filled_up_with_groups_that_teach():
 def test_what_is_drawn_too_much_tells_that_less_is_enough():
     """All of six are useful where three are wanted: the share is 1, not 1/2, and the next draw is smaller."""
     trainer, _ = filling([0.5] * 6)
-    batch = Trainer.complete(trainer, trainer.draw(0, 0, 6, None), 0)
+    batch = completed(trainer, 0, 6)
     assert (len(batch.kept), batch.useful, len(batch.drawn)) == (3, 6, 6)
 
 
@@ -186,7 +197,7 @@ def test_a_batch_that_cannot_be_filled_says_how_hard_the_problems_are():
     with pytest.raises(
         UserError, match=r"only 1 of 5 groups .* within \[0.01, 0.99\] after 2 attempts, 3 are needed; .*0/8: 2"
     ):
-        Trainer.complete(trainer, trainer.draw(0, 0, 3, None), 0)
+        completed(trainer, 0, 3)
     assert len(asked) == 2
 
 

@@ -169,7 +169,7 @@ def test_a_hundred_threads_lose_nothing(tmp_path):
 
 
 def test_a_killed_evaluation_asks_for_nothing_twice(tmp_path):
-    """A real process, killed by SIGKILL at work; the second one asks for what was not answered, and only that."""
+    """Real processes, at work: by SIGKILL, then by SIGTERM, which is an orderly end. The last asks for the rest alone."""
     problems = [
         {"unique_id": f"t{i}", "problem": f"q{i}", "answer": "1", "subject": "Algebra", "level": 1} for i in range(60)
     ]
@@ -183,19 +183,25 @@ def test_a_killed_evaluation_asks_for_nothing_twice(tmp_path):
             "--datasets=math_500", f"--dataset-dir={tmp_path}", "--output-dir", str(tmp_path / "out"), "--eval-threads=2",
             "--openai-api-key=k",
         ]  # fmt: skip
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        while len(server.bodies) < 20 and process.poll() is None:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        time.sleep(0.2)
-        (path,) = (tmp_path / "out" / "cache").glob("*.jsonl")
-        kept, before = {line["key"] for line in read_jsonl(path)}, len(server.bodies)
+        kept: set[str] = set()
+        for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0)):
+            before = len(server.bodies)
+            process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+            while len(server.bodies) < before + 20 and process.poll() is None:
+                time.sleep(0.01)
+            process.send_signal(number)
+            said = process.communicate()[1]
+            assert process.returncode == code, said
+            time.sleep(0.2)
+            (path,) = (tmp_path / "out" / "cache").glob("*.jsonl")
+            asked, earlier, kept = len(server.bodies) - before, kept, {line["key"] for line in read_jsonl(path)}
+            assert kept > earlier and asked - len(kept - earlier) <= 4  # two in flight, two answered as it died
+        assert "stopped: all that was done is on disk; the same command resumes" in said
+        before = len(server.bodies)
         done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "MATH-500: accuracy 100.0 [100.0, 100.0] (60 answers, 7 tokens each)" in done.stdout
-    assert 10 < len(kept) < 60 and before - len(kept) <= 4  # two in flight, two answered as it died
-    assert len(server.bodies) - before == 60 - len(kept)
+    assert 20 < len(kept) < 60 and len(server.bodies) - before == 60 - len(kept)
     assert server.headers[0]["Authorization"] == "Bearer k"
 
 

@@ -87,11 +87,39 @@ def test_the_batch_script_is_one():
     assert result.returncode == 0, result.stderr
     assert subprocess.run(["bash", "-n"], input=result.stdout, text=True).returncode == 0
     lines = result.stdout.splitlines()
-    assert "#SBATCH --nodes=4" in lines and "#SBATCH --signal=TERM@120" in lines and "#SBATCH --requeue" in lines
+    assert "#SBATCH --nodes=4" in lines and "#SBATCH --signal=TERM@300" in lines and "#SBATCH --requeue" in lines
     assert "#SBATCH --exclusive" in lines and "#SBATCH --mem=0" in lines
     (run,) = [line for line in lines if line.startswith("srun ")]
     assert '--cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}"' in run  # or a task has one core
     assert run.endswith("--config.aepo.steps=3 --config.model.dtype=a\\ b") and "--workdir=/shared/r" in run
+
+
+@pytest.mark.parametrize(
+    "codes, requeued",
+    [
+        ([0], [False]),
+        ([75, 0], [True, False]),  # told to go, then done
+        ([2], [False]),  # bad input
+        ([134, 134, 137], [True, True, False]),  # a process was lost
+        ([134, 75, 134, 134, 134], [True, True, True, True, False]),  # it got on meanwhile
+    ],
+)
+def test_a_stopped_or_crashed_job_is_queued_again_but_not_for_ever(tmp_path, codes, requeued):
+    """The batch script itself, with stand-ins for SLURM's commands."""
+    srun = '[[ $(cat code) != 75 ]] || touch stopped; exit "$(cat code)"'
+    for name, text in {"srun": srun, "scontrol": 'echo "$@" > requeued'}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    flags = ["--nodes=1", f"--workdir={tmp_path}", "--config=c.py", "--crashes=2", "--dry_run"]
+    script = launched("slurm.sh", *flags).stdout
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_CPUS_ON_NODE": "2"}
+    for number, (code, again) in enumerate(zip(codes, requeued, strict=True)):
+        (tmp_path / "code").write_text(str(code))
+        (tmp_path / "requeued").unlink(missing_ok=True)
+        done = subprocess.run(["bash"], input=script, text=True, env=environment, cwd=tmp_path)
+        assert done.returncode == code
+        assert (tmp_path / "requeued").exists() == again, number
+        assert not again or (tmp_path / "requeued").read_text() == "requeue 7\n"
 
 
 def test_a_part_of_a_node_is_asked_for():

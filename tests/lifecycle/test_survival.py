@@ -11,20 +11,22 @@ import sys
 import time
 from types import SimpleNamespace
 
-import jax
 import jax.numpy as jnp
 import pytest
 from absl import flags
 from ml_collections import config_flags
 
 from ares_jax.aepo.trainer import check
+from ares_jax.checkpoints.manager import Checkpoints
 from ares_jax.errors import UserError
-from ares_jax.lifecycle.memory import ADVICE, explained, is_out_of_memory
+from ares_jax.lifecycle.memory import ADVICE
 from ares_jax.lifecycle.profiling import Profiler
 from ares_jax.lifecycle.startup import _COMPILATION, Startup
 from ares_jax.lifecycle.steps import Steps
+from ares_jax.lifecycle.watchdog import feed, watchdog
 from ares_jax.models.qwen2_5_vl.layers import REMAT
 from ares_jax.parallel.micro_batch import check_rows
+from ares_jax.sampling.everyone import Everyone
 from ares_jax.training import make_optimizer
 from configs.qwen2_5_vl_7b_aepo import get_config
 
@@ -60,7 +62,7 @@ def test_one_of_two_processes_is_told_to_go_and_both_save_and_another_mesh_resum
         for process in both:
             wait_for(process, "start-up: imports" if process is both[0] else "resumed at 0 on 4")
         both[1].send_signal(signal.SIGTERM)
-        outputs = [process.communicate(timeout=120)[0] for process in both]
+        outputs = [process.communicate(timeout=300)[0] for process in both]
     finally:
         for process in both:
             process.kill()
@@ -73,7 +75,7 @@ def test_one_of_two_processes_is_told_to_go_and_both_save_and_another_mesh_resum
         wait_for(alone, f"resumed at {saved} on 1 {float(saved)}")
         wait_for(alone, "start-up: imports")
         alone.send_signal(signal.SIGTERM)
-        output = alone.communicate(timeout=60)[0]
+        output = alone.communicate(timeout=300)[0]
     finally:
         alone.kill()
     assert alone.returncode == 0 and "the same command resumes" in output
@@ -91,11 +93,32 @@ def test_a_hung_collective_shows_its_stacks(tmp_path):
     assert "barrier" in stacks
 
 
+def test_what_is_no_step_is_watched_too_and_an_answer_feeds_it(monkeypatch):
+    calls = []
+    monkeypatch.setattr("faulthandler.dump_traceback_later", lambda seconds, **_: calls.append(seconds))
+    monkeypatch.setattr("faulthandler.cancel_dump_traceback_later", lambda: calls.append("off"))
+
+    def rollouts(requests, on_group):
+        for index in range(len(requests)):
+            on_group(index, None)
+        return list(requests)
+
+    client = Everyone(SimpleNamespace(rollouts=rollouts, break_off=None))
+    with watchdog(9.0):
+        client.rollouts([1, 2])
+        with watchdog(0.0):
+            client.rollouts([3])
+        feed()
+    feed()
+    client.rollouts([4])
+    assert calls == ["off", 9.0, 9.0, 9.0, "off", "off", 9.0, 9.0, "off"]
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="takes another user's rights")
 @pytest.mark.parametrize("mode", ["full", "forbidden"])
 def test_a_full_disk_or_a_forbidden_folder_leaves_the_last_checkpoint(tmp_path, mode):
     process = started(tmp_path, f"--mode={mode}")
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == 2, output
     assert "a checkpoint cannot be written (" in output and "step 1 is whole" in output
     again = started(tmp_path)
@@ -106,13 +129,56 @@ def test_a_full_disk_or_a_forbidden_folder_leaves_the_last_checkpoint(tmp_path, 
         again.communicate()
 
 
+@pytest.mark.parametrize("mode", ["metrics", "rollouts", "config"])
+def test_a_full_disk_is_said_in_one_line_whatever_is_written(tmp_path, mode):
+    process = started(tmp_path, f"--mode={mode}")
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 2, output
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert f"error: {tmp_path}: File too large; make room" in line and "the same command resumes" in line
+
+
+def test_one_of_two_cannot_save_and_both_end_with_the_last_checkpoint(tmp_path):
+    both = pair(tmp_path, "--mode=half", "--heartbeat_timeout=5")
+    outputs = ended(both)
+    assert both[1].returncode == 2 and "step 1 is whole" in outputs[1], outputs[1]
+    assert both[0].returncode not in (0, None), outputs[0]
+    assert Checkpoints(tmp_path / "steps").steps() == [1]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_lost_host_ends_the_other_and_the_last_checkpoint_is_whole(tmp_path, victim):
+    both = pair(tmp_path, "--mode=lost", "--heartbeat_timeout=5")
+    try:
+        while not (tmp_path / "steps" / "5").is_dir():
+            assert both[0].poll() is None and both[1].poll() is None
+            time.sleep(0.05)
+        time.sleep(0.5)  # it works on
+    finally:
+        both[victim].kill()
+    outputs = ended(both)
+    assert both[1 - victim].returncode not in (0, 143, None), outputs
+    checkpoints, like = Checkpoints(tmp_path / "steps"), {"w": jnp.zeros(4096)}
+    assert checkpoints.steps() == [5] and not (tmp_path / "stopped").exists()
+    assert checkpoints.restore(5, like, like)[0]["w"][0] == 5.0
+
+
+def ended(processes):
+    """Returns what they say until they end, by themselves."""
+    try:
+        return [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
 def test_out_of_memory_says_what_to_change_and_leaves_a_profile(tmp_path):
-    with pytest.raises(jax.errors.JaxRuntimeError) as error:
-        jnp.zeros(2**46).block_until_ready()
-    assert is_out_of_memory(error.value)
-    message = str(explained(error.value, tmp_path))
-    assert ADVICE in message and f"{tmp_path}/memory.0.prof" in message
-    assert (tmp_path / "memory.0.prof").stat().st_size > 0
+    process = started(tmp_path, "--mode=memory")
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 2, output
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert "error: out of device memory (RESOURCE_EXHAUSTED" in line and "packing.rows" in line
+    assert f"{tmp_path}/memory.0.prof shows what was there" in line and (tmp_path / "memory.0.prof").stat().st_size > 0
 
 
 def test_what_to_change_when_memory_is_short_can_be_typed(monkeypatch):

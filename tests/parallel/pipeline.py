@@ -1,12 +1,12 @@
-"""Cold start and AEPO in one process, as a command: what test_processes.py starts several times at once."""
+"""All commands in one process: what test_processes.py compares several processes with."""
 
-from ares_jax import cli, train
+from ares_jax import cli, convert, evaluate, train
 from ares_jax.cold_start import __main__ as cold_start
 
 
 def main(config, workdir):
-    cold_start.main(config, workdir)
-    train.main(config, workdir)
+    for command in (cold_start, train, evaluate, convert):
+        command.main(config, workdir)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,12 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from absl import flags
+from jax._src.clusters import cloud_tpu_cluster
 
 from ares_jax.parallel import distributed
 
@@ -59,7 +62,6 @@ def test_one_a_host(variables, expected):
         ({}, (0, 1)),
         ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, (3, 4)),
         ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, (1, 2)),
-        ({"TPU_WORKER_ID": "2", "TPU_WORKER_HOSTNAMES": "a,b,c"}, (2, 3)),
     ],
 )
 def test_the_number_of_a_task(monkeypatch, variables, expected):
@@ -67,6 +69,45 @@ def test_the_number_of_a_task(monkeypatch, variables, expected):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert distributed.task() == expected
+
+
+class Metadata(BaseHTTPRequestHandler):
+    """What Google's metadata server says on worker 2 of a slice of three hosts, one of two slices."""
+
+    attributes = {
+        "agent-worker-number": "2", "worker-network-endpoints": "a:1:10.0.0.1,b:2:10.0.0.2,c:3:10.0.0.3",
+        "tpu-env": "MEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\n",
+    }  # fmt: skip
+
+    def do_GET(self):
+        text = self.attributes.get(self.path.rpartition("/")[2])
+        self.send_response(404 if text is None else 200)
+        self.end_headers()
+        self.wfile.write((text or "").encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def test_the_number_of_a_tpu_vm_is_what_joining_would_give_it(monkeypatch):
+    """A TPU VM has no variables: JAX asks Google's metadata server, of which one stands here, and so do we."""
+    flags.FLAGS.mark_as_parsed()
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
+        assert distributed.task() == (0, 1)  # no TPU here: nobody is asked
+        monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+        assert distributed.task() == (5, 6)
+        monkeypatch.setattr(Metadata, "attributes", {"agent-worker-number": "?", "worker-network-endpoints": "a"})
+        monkeypatch.setattr(cloud_tpu_cluster.time, "sleep", lambda seconds: None)
+        with pytest.raises(distributed.UserError, match="does not say which of its slice it is .*--num_processes=1"):
+            distributed.task()
+        server.shutdown()
+    monkeypatch.setenv("TPU_WORKER_ID", "2")
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b,c")
+    monkeypatch.setattr(cloud_tpu_cluster, "get_tpu_env_value_from_metadata", lambda key: None)
+    assert distributed.task() == (2, 3)  # GKE
 
 
 def test_what_one_process_does_is_done_once(tmp_path):

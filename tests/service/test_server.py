@@ -202,6 +202,15 @@ def test_metrics_are_what_prometheus_reads():
     assert 'ares_sampler_answers_total{path="other",status="401"} 1.0' in text
 
 
+def test_sigterm_while_the_weights_are_read_ends_it_in_peace(tmp_path):
+    code = _SERVER.replace("FakeEngine(delay=float(sys.argv[3]), slots=1)", "print('loads', flush=True) or time.sleep(60)")
+    command = [sys.executable, "-c", f"import time\n{code}", "127.0.0.1", str(tmp_path / "ready.json"), "0", "0", "30"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "loads\n"
+        process.send_signal(signal.SIGTERM)
+    assert process.returncode == 0 and not (tmp_path / "ready.json").exists()
+
+
 def test_sigterm_lets_what_runs_finish_and_refuses_newcomers(tmp_path):
     process, url = start(tmp_path, delay=0.5, drain=60, chats=True)
     answers = []

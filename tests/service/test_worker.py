@@ -1,9 +1,12 @@
 """The thread that owns the engine: errors, cancellation, and the order of commands."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 
 from ares_jax.errors import UserError
+from ares_jax.service.server import make_app
 from ares_jax.service.worker import ConflictError, Worker
 from tests.service import fake
 
@@ -53,6 +56,18 @@ def test_weights_that_others_overtake_are_not_told_to_be_in_use(worker, engine):
     assert second.result(5) == 4
     assert worker.load_weights(flat, 4).result(5) == 4  # once more
     assert worker.load_weights(flat, 2, force=True).result(5) == engine.policy_version == 2
+
+
+def test_too_little_memory_is_said_with_what_to_change_and_a_profile(engine, tmp_path):
+    engine.step = lambda: jnp.zeros(2**46).block_until_ready()
+    worker = Worker(engine, tmp_path)
+    with pytest.raises(RuntimeError, match=r"the engine failed: out of device memory .* fewer sampler.pages"):
+        worker.rollout(fake.request(1)).result(60)
+    worker.stop()
+    with TestClient(make_app(worker, model_name="m")) as client:
+        answer = client.get("/health")
+    assert answer.status_code == 500 and f"{tmp_path}/memory.sampler.prof shows what was there" in answer.json()["reason"]
+    assert (tmp_path / "memory.sampler.prof").stat().st_size > 0
 
 
 def test_a_cancelled_group_leaves_the_engine(worker, engine):
