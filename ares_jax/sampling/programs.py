@@ -15,7 +15,7 @@ from ares_jax.models.params import to_flat, with_params
 from ares_jax.models.qwen2_5_vl import Qwen25VL, VisionInputs
 from ares_jax.models.qwen2_5_vl.paged import cache_spec
 from ares_jax.parallel.sharding import mesh_axes
-from kernels import WindowRing, sample_with_entropy, window_push
+from kernels import WindowRing, sample_with_entropy, window_step
 
 
 class Prompts(NamedTuple):
@@ -235,25 +235,46 @@ def _placed(kv_pages: Float[Array, "L N S 2K H"]) -> Float[Array, "L N S 2K H"]:
     return jax.lax.with_sharding_constraint(kv_pages, cache_spec(kv_pages.shape[3] // 2))
 
 
-def _sample(
-    hidden: Float[Array, "B D"], head: Float[Array, "V D"], rows: Rows, banned: Bool[Array, "V"], kernel: str
-) -> tuple[Int[Array, "B"], Float[Array, "B"], Float[Array, "B"]]:
-    """Returns the next token of every row, its log-probability and the entropy. On a mesh each device looks at its own
-    part of the vocabulary, and a few numbers a row cross."""
+class _Sampled(NamedTuple):
+    token: Int[Array, "B"]
+    log_prob: Float[Array, "B"]
+    entropy: Float[Array, "B"]
+    ring: Float[Array, "B W"]
+    ring_tokens: Int[Array, "B W"]
+    window_mean: Float[Array, "B"]
+    window_hit: Bool[Array, "B"]
 
-    def local(hidden, head, rows, banned, *, axis=None):
+
+def _sample(
+    hidden: Float[Array, "B D"],
+    head: Float[Array, "V D"],
+    rows: Rows,
+    banned: Bool[Array, "V"],
+    trigger: Bool[Array, "V"],
+    kernel: str | None,
+) -> _Sampled:
+    """Returns the next token of every row, what is known of it, and the window that ends there. On a mesh each device looks
+    at its own part of the vocabulary, and a few numbers a row cross."""
+
+    def local(hidden, head, rows, banned, trigger, *, axis=None):
         keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(rows.key), rows.place)
-        return sample_with_entropy(
+        token, log_prob, entropy = sample_with_entropy(
             hidden, head, keys, temperature=rows.temperature, top_k=rows.top_k, top_p=rows.top_p, banned=banned,
             implementation=kernel, axis_name=axis,
         )  # fmt: skip
+        ring, tokens, mean, hit = window_step(
+            WindowRing(rows.ring, rows.place), rows.ring_tokens, entropy, token, rows.alive, tau_high=rows.tau_high,
+            trigger=trigger, implementation=kernel,
+        )  # fmt: skip
+        return _Sampled(token, log_prob, entropy, ring.entropies, tokens, mean, hit)
 
     if jax.sharding.get_abstract_mesh().empty:
-        return local(hidden, head, rows, banned)
+        return local(hidden, head, rows, banned, trigger)
     axis = next(iter(mesh_axes("vocab", len(head))), None)
-    specs = PartitionSpec(), PartitionSpec(axis), PartitionSpec(), PartitionSpec(axis)
-    split = jax.shard_map(partial(local, axis=axis), in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
-    return split(hidden, head, rows, banned)
+    whole, part = PartitionSpec(), PartitionSpec(axis)
+    specs = whole, part, whole, part, whole
+    split = jax.shard_map(partial(local, axis=axis), in_specs=specs, out_specs=whole, check_vma=False)
+    return split(hidden, head, rows, banned, trigger)
 
 
 @jax.named_scope("decode")
@@ -277,17 +298,14 @@ def _decode(
     def step(carry):
         k, pages, r, out = carry
         hidden, pages = model.decode(r.token, r.length + r.rope_delta, pages, page_table, r.length, layers)
-        token, log_prob, entropy = _sample(hidden, head, r, banned, kernel)
-        ring, mean, complete = window_push(WindowRing(r.ring, r.place), entropy, r.alive)
-        tokens = jnp.where(r.alive[:, None], jnp.concatenate([r.ring_tokens[:, 1:], token[:, None]], axis=1), r.ring_tokens)
-        hit = complete & (mean >= r.tau_high) & trigger[tokens[:, 0]]
-        drawn = Drawn(token, log_prob, entropy, mean, hit, r.alive)
+        s = _sample(hidden, head, r, banned, trigger, kernel)
+        drawn = Drawn(s.token, s.log_prob, s.entropy, s.window_mean, s.window_hit, r.alive)
         out = jax.tree.map(lambda buffer, value: buffer.at[k].set(value), out, drawn)
         place = r.place + r.alive
-        alive = r.alive & ~(token[:, None] == eos).any(axis=1) & (place < r.end)
+        alive = r.alive & ~(s.token[:, None] == eos).any(axis=1) & (place < r.end)
         r = r._replace(
-            token=jnp.where(r.alive, token, r.token), length=r.length + r.alive, place=place, alive=alive,
-            ring=ring.entropies, ring_tokens=tokens,
+            token=jnp.where(r.alive, s.token, r.token), length=r.length + r.alive, place=place, alive=alive,
+            ring=s.ring, ring_tokens=s.ring_tokens,
         )  # fmt: skip
         return k + 1, pages, r, out
 
