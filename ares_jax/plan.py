@@ -93,14 +93,15 @@ def kernel_flops(config: ConfigDict, shape: Qwen25VLConfig, chips: int) -> dict[
 
 
 def _token_flops(config: ConfigDict, shape: Qwen25VLConfig) -> float:
-    """Returns a decoded token's operations in kernels, at full length: the head, and attention where one reads the pages."""
+    """Returns a decoded token's operations in kernels, at full length: the head's and attention's, where there are such."""
     s, t = config.sampler, shape.text
     context = s.max_prompt_tokens + s.max_response_tokens
     kept = cached_heads(t.num_heads, t.num_kv_heads, s.tensor)
     on_a_chip = kept if kept % s.tensor else kept // s.tensor
-    kind = paged_implementation("tpu", jnp.dtype(config.model.dtype), on_a_chip, t.head_dim)
+    kind = paged_implementation("tpu", jnp.dtype(config.model.dtype), on_a_chip, t.head_dim, s.paged_attention)
+    head = 2 * t.hidden_size * t.vocab_size
     attention = 4 * t.num_layers * t.num_heads * t.head_dim * context
-    return 2 * t.hidden_size * t.vocab_size + (attention if kind == "ragged" else 0)
+    return (head if s.kernel == "tpu" else 0) + (attention if kind == "ragged" else 0)
 
 
 def bound(program: Compiled, kernels: float, chip: Chip) -> Bound:

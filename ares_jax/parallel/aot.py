@@ -153,8 +153,8 @@ def sampler_programs(
 
     t, none = shape.text, jnp.zeros(shape.text.vocab_size, bool)
     programs = Programs(
-        model, eos_token_ids=(0,), banned=none, trigger=none, steps=s.decode_steps, kernel=s.kernel or "tpu",
-        prefill_layers=s.prefill_layers, prefill_chunk=s.prefill_chunk,
+        model, eos_token_ids=(0,), banned=none, trigger=none, steps=s.decode_steps, kernel=s.kernel,
+        paged_attention=s.paged_attention, prefill_layers=s.prefill_layers, prefill_chunk=s.prefill_chunk,
     )  # fmt: skip
     heads = cached_heads(t.num_heads, t.num_kv_heads, s.tensor)
     with jax.set_mesh(mesh):

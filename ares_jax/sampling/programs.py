@@ -109,9 +109,12 @@ class Programs:
 
     def __init__(
         self, model: Qwen25VL, *, eos_token_ids: tuple[int, ...], banned: Bool[Array, "V"], trigger: Bool[Array, "V"],
-        steps: int, kernel: str, prefill_layers: int, prefill_chunk: int = 0,
+        steps: int, prefill_layers: int, prefill_chunk: int = 0, kernel: str = "", paged_attention: str = "",
     ):  # fmt: skip
-        """`prefill_chunk`: tokens of a longer prompt that go through the decoder together, whole pages; 0: all."""
+        """`prefill_chunk`: tokens of a longer prompt that go through the decoder together, whole pages; 0: all.
+
+        `kernel`: `implementation` of the sampling kernels ("": their own choice); `paged_attention`: see `EngineOptions`.
+        """
         c = model.config
         self._chunk, self._layers = prefill_chunk, c.text.num_layers
         self._text_parts = [Part(False, *part) for part in _divided(c.text.num_layers, prefill_layers)]
@@ -122,7 +125,8 @@ class Programs:
         self.read_pages = jax.jit(_read_pages)
         self.write_pages = jax.jit(_write_pages, donate_argnums=0)
         eos = jnp.array(eos_token_ids, jnp.int32)
-        self.decode = jax.jit(partial(_decode, model, eos, banned, trigger, steps, kernel), donate_argnums=1)
+        fixed = (model, eos, banned, trigger, steps, kernel or None, paged_attention)
+        self.decode = jax.jit(partial(_decode, *fixed), donate_argnums=1)
 
     def parts(self, prompts: Prompts) -> list[Part]:
         """Returns the parts that fill the prompts' pages, in order."""
@@ -284,7 +288,8 @@ def _decode(
     banned: Bool[Array, "V"],
     trigger: Bool[Array, "V"],
     steps: int,
-    kernel: str,
+    kernel: str | None,
+    attention: str,
     params: Any,
     kv_pages: Float[Array, "L N S 2K H"],
     page_table: Int[Array, "B M"],
@@ -297,7 +302,7 @@ def _decode(
 
     def step(carry):
         k, pages, r, out = carry
-        hidden, pages = model.decode(r.token, r.length + r.rope_delta, pages, page_table, r.length, layers)
+        hidden, pages = model.decode(r.token, r.length + r.rope_delta, pages, page_table, r.length, layers, attention)
         s = _sample(hidden, head, r, banned, trigger, kernel)
         drawn = Drawn(s.token, s.log_prob, s.entropy, s.window_mean, s.window_hit, r.alive)
         out = jax.tree.map(lambda buffer, value: buffer.at[k].set(value), out, drawn)
