@@ -6,7 +6,8 @@ Where it runs (CPU, GPU, TPU) it is timed: contestants take turns, the best of s
 the machine. The bound is the time to read the LM head once at the measured memory bandwidth. With `--tpu=v5e:2x2,...`
 nothing is timed: the TPU's compiler says how much temporary memory kernel and twin take at top-p 0.99, which bytes they
 access, and how what goes in and comes out lies in memory. XLA counts its own bytes; a kernel's are what it declares
-(`pl.CostEstimate`): the head, read once to draw and once to test the candidates.
+(`pl.CostEstimate`): the head four times, to draw and to test the candidates, and both again in the loop that draws again,
+which hardly ever runs. The twin's logits are made once.
 """
 
 import re

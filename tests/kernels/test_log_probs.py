@@ -184,7 +184,7 @@ def test_the_gpu_kernel_lowers_to_triton(width, dtype):
     assert "triton" in text and "x151936x" not in text
 
 
-# Machine code of the backward pass at D = 3584 takes half a minute: it is made for the chip with least fast memory alone.
+# Machine code of the backward pass at D = 3584 takes half a minute: it is made for the v5p alone.
 @pytest.mark.parametrize("width, backwards", [(2048, ("v5e", "v6e")), (3584, ("v5p",))])
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_the_tpu_compiler_takes_the_kernels_without_a_logits_buffer(topology, width, backwards):
