@@ -101,7 +101,12 @@ def default_config() -> ConfigDict:
     # log-probs and all, whatever else is drawn. Otherwise they may differ by some 1e-6. Slower while slots are empty.
     # The bits are those of these sizes: of another `prefill_chunk`, say, a longer prompt's differ.
     s.one_shape = False
-    s.kernel = ""  # of the decode step: "tpu" (Pallas) or "xla"; empty: Pallas on a TPU, XLA elsewhere
+    # Draws a token, tests its window: "tpu" and "gpu" (Pallas, no logits in memory; on that device alone), "xla", and for
+    # tests "tpu_interpret" and "gpu_interpret". Empty: what has been timed and won on the device, today "xla" everywhere
+    s.kernel = ""
+    # Of a decode step: "ragged" (JAX's kernel, TPU), "triton" (ours, GPU, never timed), "gather" (anywhere). Empty: "ragged"
+    # on a TPU if it takes the heads, otherwise "gather"
+    s.paged_attention = ""
     s.max_prompt_tokens = 4096  # text and image tokens
     s.max_prompt_patches = 16_384  # pixel patches of one prompt (four a merged vision token)
     s.max_response_tokens = 16_384

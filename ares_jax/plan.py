@@ -98,15 +98,15 @@ def kernel_flops(config: ConfigDict, shape: Qwen25VLConfig, chips: int, platform
 
 
 def _token_flops(config: ConfigDict, shape: Qwen25VLConfig, platform: str) -> float:
-    """Returns a decoded token's operations in kernels, at full length: the head, and attention where one reads the pages."""
+    """Returns a decoded token's operations in kernels, at full length: the head's and attention's, where there are such."""
     s, t = config.sampler, shape.text
-    head = 0 if aot.sampling_kernel(config, platform) == "xla" else 2 * t.hidden_size * t.vocab_size
+    head = 2 * t.hidden_size * t.vocab_size if s.kernel in ("tpu", "gpu") else 0
     context = s.max_prompt_tokens + s.max_response_tokens
     kept = cached_heads(t.num_heads, t.num_kv_heads, s.tensor)
     on_a_chip = kept if kept % s.tensor else kept // s.tensor
-    kind = paged_implementation(platform, jnp.dtype(config.model.dtype), on_a_chip, t.head_dim)
+    kind = paged_implementation(platform, jnp.dtype(config.model.dtype), on_a_chip, t.head_dim, s.paged_attention)
     attention = 4 * t.num_layers * t.num_heads * t.head_dim * context
-    return head + (attention if kind == "ragged" else 0)
+    return head + (0 if kind == "gather" else attention)
 
 
 def bound(program: Compiled, kernels: float, chip: Chip) -> Bound:

@@ -217,7 +217,7 @@ class Workspace:
             max_slots=s.slots, page_size=s.page_size, num_pages=s.pages, max_prompt_tokens=s.max_prompt_tokens,
             max_prompt_patches=s.max_prompt_patches, max_context_tokens=s.max_prompt_tokens + s.max_response_tokens,
             prefill_batch=s.prefill_batch, decode_steps=s.decode_steps, window=self.config.aepo.window,
-            kernel=s.kernel or ("tpu" if jax.default_backend() == "tpu" else "xla"), prefill_layers=s.prefill_layers,
+            kernel=s.kernel, paged_attention=s.paged_attention, prefill_layers=s.prefill_layers,
             prefill_chunk=s.prefill_chunk, one_shape=s.one_shape,
         )  # fmt: skip
         plain = abstract_model(self.model.config, **self._sampler_types)

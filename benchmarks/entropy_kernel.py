@@ -1,12 +1,16 @@
 """One draw with log-probability and entropy, against what it would be made of otherwise.
 
-    python -m benchmarks.entropy_kernel [--rows=1,8,64] [--width=2048] [--implementations=xla]
+    python -m benchmarks.entropy_kernel [--rows=1,8,64] [--widths=2048] [--implementations=xla]
 
 Where it runs (CPU, GPU, TPU) it is timed: contestants take turns, the best of several rounds counts, as others may use
 the machine. The bound is the time to read the LM head once at the measured memory bandwidth. With `--tpu=v5e:2x2,...`
-nothing is timed: the TPU compiler says how much temporary memory the kernel takes.
+nothing is timed: the TPU's compiler says how much temporary memory kernel and twin take at top-p 0.99, which bytes they
+access, and how what goes in and comes out lies in memory. XLA counts its own bytes; a kernel's are what it declares
+(`pl.CostEstimate`): the head four times, to draw and to test the candidates, and both again in the loop that draws again,
+which hardly ever runs. The twin's logits are made once.
 """
 
+import re
 import time
 from collections.abc import Callable, Sequence
 
@@ -18,7 +22,7 @@ from jax.experimental import topologies
 from kernels import sample_with_entropy
 
 _ROWS = flags.DEFINE_list("rows", ["1", "8", "64"], "batch sizes")
-_WIDTH = flags.DEFINE_integer("width", 768, "hidden size")
+_WIDTHS = flags.DEFINE_list("widths", ["768"], "hidden sizes")
 _VOCABULARY = flags.DEFINE_integer("vocabulary", 151_936, "tokens")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of hidden states and head")
 _IMPLEMENTATIONS = flags.DEFINE_list("implementations", ["xla"], "of `sample_with_entropy`")
@@ -30,14 +34,19 @@ def main(_: Sequence[str]) -> None:
     if _TPU.value:
         _compile()
         return
+    for width in map(int, _WIDTHS.value):
+        _time(width)
+
+
+def _time(width: int) -> None:
     dtype, key = jnp.dtype(_DTYPE.value), jax.random.key(0)
-    head = (jax.random.normal(key, (_VOCABULARY.value, _WIDTH.value)) * 0.05).astype(dtype)
+    head = (jax.random.normal(key, (_VOCABULARY.value, width)) * 0.05).astype(dtype)
     device = jax.devices()[0]
     print(f"{device.platform} ({device.device_kind}), head {head.shape} {dtype}, ms, best of {_ROUNDS.value}\n")
     print("| rows | " + " | ".join(_contestants()) + " | head / bandwidth | GB/s |")
     print("|---" * (len(_contestants()) + 3) + "|")
     for rows in map(int, _ROWS.value):
-        hidden = jax.random.normal(key, (rows, _WIDTH.value)).astype(dtype)
+        hidden = jax.random.normal(key, (rows, width)).astype(dtype)
         calls = {name: jax.jit(f) for name, f in _contestants().items()} | {"bandwidth": jax.jit(_read)}
         best = {name: float("inf") for name in calls}
         for turn in range(_ROUNDS.value + 1):  # the first one compiles
@@ -82,26 +91,34 @@ def _read(hidden, head, key):
 
 
 def _compile() -> None:
-    print("| TPU | rows | width | temporary memory, MiB | a logits buffer | bytes accessed, GB (head once or twice) |")
-    print("|---|---|---|---|---|---|")
+    print("| TPU | width | rows | MiB: a logits buffer | kernel, temporary | twin | GB accessed: kernel, declared | twin |")
+    print("|---|---|---|---|---|---|---|---|")
+    layouts = []
     for name in _TPU.value:
         device = topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0]
-        place = jax.sharding.SingleDeviceSharding(device)
-        for rows in map(int, _ROWS.value):
-            shapes = [
-                jax.ShapeDtypeStruct(shape, kind, sharding=place)
-                for shape, kind in (
-                    ((rows, _WIDTH.value), jnp.bfloat16),
-                    ((_VOCABULARY.value, _WIDTH.value), jnp.bfloat16),
-                    ((rows, 2), jnp.uint32),
-                )
-            ]
-            draw = _ours("tpu", 0.99)
-            compiled = jax.jit(lambda h, w, k, draw=draw: draw(h, w, jax.random.wrap_key_data(k))).lower(*shapes).compile()
-            temporary = compiled.memory_analysis().temp_size_in_bytes / 2**20
-            moved = compiled.cost_analysis()["bytes accessed"] / 1e9
-            buffer = rows * _VOCABULARY.value * 4 / 2**20
-            print(f"| {name} | {rows} | {_WIDTH.value} | {temporary:.2f} | {buffer:.1f} | {moved:.2f} |", flush=True)
+        for width in map(int, _WIDTHS.value):
+            for rows in map(int, _ROWS.value):
+                found = [_compiled(rows, width, device, implementation) for implementation in ("tpu", "xla")]
+                memory = [x.memory_analysis().temp_size_in_bytes / 2**20 for x in found]
+                moved = [x.cost_analysis()["bytes accessed"] / 1e9 for x in found]
+                cells = [f"{rows * _VOCABULARY.value * 4 / 2**20:.1f}"]
+                cells += [f"{x:.2f}" for x in (*memory, *moved)]
+                print(f"| {name} | {width} | {rows} | " + " | ".join(cells) + " |", flush=True)
+                layouts.append((name, re.search(r"entry_computation_layout=\{(.*?)\}, \w+=", found[0].as_text())[1]))
+    print()
+    for name, layout in layouts:
+        print(f"{name}: {layout}")
+
+
+def _compiled(rows: int, width: int, device: jax.Device, implementation: str):
+    place, draw = jax.sharding.SingleDeviceSharding(device), _ours(implementation, 0.99)
+    shapes = [
+        jax.ShapeDtypeStruct(shape, kind, sharding=place)
+        for shape, kind in (
+            ((rows, width), jnp.bfloat16), ((_VOCABULARY.value, width), jnp.bfloat16), ((rows, 2), jnp.uint32)
+        )
+    ]  # fmt: skip
+    return jax.jit(lambda h, w, k: draw(h, w, jax.random.wrap_key_data(k))).lower(*shapes).compile()
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ def _decode(model: Qwen25VL, params: dict, theirs: torch.nn.Module, tokens: np.n
     per_row = (_PROMPT + _NEW) // _PAGE
     none = jnp.zeros(v, bool)
     programs = Programs(
-        model, eos_token_ids=(-1,), banned=none, trigger=none, steps=_NEW, kernel="xla", prefill_layers=c.num_layers
+        model, eos_token_ids=(-1,), banned=none, trigger=none, steps=_NEW, prefill_layers=c.num_layers
     )  # fmt: skip
     table = jnp.arange(1, 1 + _SEQUENCES * per_row, dtype=jnp.int32).reshape(_SEQUENCES, per_row)
     shape = (c.num_layers, 1 + table.size, _PAGE, 2 * c.num_kv_heads, c.head_dim)

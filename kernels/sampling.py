@@ -17,9 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from kernels import sampling_gpu, sampling_tpu, sampling_xla
+from kernels.implementations import chosen
 from kernels.sampling_xla import CANDIDATES, LOWEST, Above, Partial
-
-IMPLEMENTATIONS = ("tpu", "gpu", "xla", "tpu_interpret", "gpu_interpret")
 
 
 class _Draw(NamedTuple):
@@ -65,8 +64,7 @@ def sample_with_entropy(
     `log_prob` and `entropy` are those of the full, untruncated distribution at `temperature`: what a learner recomputes.
     A row without a distribution (logits that are not finite, or every token banned) gets NaN for both.
     """
-    if implementation not in (*IMPLEMENTATIONS, None):
-        raise ValueError(f"implementation={implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}, None")
+    name, interpret = chosen(implementation)
     rows = hidden.shape[0]
     full = isinstance(top_k, int) and top_k == 0 and isinstance(top_p, (int, float)) and top_p >= 1
     temperature, top_p = (jnp.broadcast_to(jnp.asarray(x, jnp.float32), (rows,)) for x in (temperature, top_p))
@@ -81,7 +79,6 @@ def sample_with_entropy(
     if axis_name:
         first_id = (jax.lax.axis_index(axis_name) * vocabulary).astype(jnp.int32)
     arguments = (hidden, lm_head, words[:, -2:], scale, noise, banned)
-    name, _, interpret = (implementation or "xla").partition("_")
     module: ModuleType = {"tpu": sampling_tpu, "gpu": sampling_gpu, "xla": sampling_xla}[name]
     look = functools.partial(module.look, interpret=True) if interpret else module.look
 

@@ -1,8 +1,9 @@
 """The sampling kernel for GPUs, through Pallas' Triton backend: logits stay in registers.
 
-The programs of a GPU run side by side, so each looks at one tile of the vocabulary and writes that tile's sums and four
-largest perturbed logits; a few numbers a tile are then merged by XLA. Interpreted and lowered to Triton in the tests;
-never compiled or timed on a GPU.
+The programs of a GPU run side by side, so each looks at one tile of the vocabulary for one block of rows, and writes the
+sums and the four largest perturbed logits; a few numbers a tile are then merged by XLA. Blocks of rows are the grid's
+first axis: the programs that run together find their tile of the head in the cache. Interpreted and lowered to Triton in
+the tests; never compiled or timed on a GPU.
 """
 
 import functools
@@ -19,6 +20,7 @@ from kernels.noise import gumbel, threefry
 from kernels.sampling_xla import CANDIDATES, LOWEST, Above, Partial
 
 TILE = 128  # vocabulary entries a program
+ROWS = 64  # at most a program: rows x TILE numbers of several kinds must fit into its registers
 DEPTH = 64  # of the hidden size, multiplied at a time
 AT_ONCE = CANDIDATES  # each call of `above` reads the head
 
@@ -44,21 +46,27 @@ def look(
     depth = math.gcd(width, DEPTH)
     vocabulary = lm_head.shape[0]
     tiles = pl.cdiv(vocabulary, TILE)
-    padded_rows = max(16, pl.next_power_of_2(rows))
+    block = min(ROWS, max(16, pl.next_power_of_2(rows)))
+    padded_rows = pl.cdiv(rows, block) * block
     allowed = jnp.ones(vocabulary, jnp.int32) if banned is None else (~banned).astype(jnp.int32)
 
     def pad(x):
         return jnp.pad(x, ((0, padded_rows - rows), *((0, 0),) * (x.ndim - 1)))
 
     def call(kernel, columns, outputs, name):
-        whole = [pl.BlockSpec(x.shape, lambda tile, n=x.ndim: (0,) * n) for x in (operand, lm_head, allowed, *columns)]
+        some = [pl.BlockSpec((*x.shape[:-1], block), lambda row, _, n=x.ndim: (0,) * (n - 1) + (row,)) for x in columns]
         return pl.pallas_call(
             functools.partial(kernel, vocabulary=vocabulary, depth=depth),
-            grid=(tiles,),
-            in_specs=whole,
-            out_specs=[pl.BlockSpec((1, lanes, padded_rows), lambda tile: (tile, 0, 0)) for lanes, _ in outputs],
+            grid=(padded_rows // block, tiles),
+            in_specs=[
+                pl.BlockSpec((block, width), lambda row, _: (row, 0)),
+                pl.BlockSpec(lm_head.shape, lambda row, _: (0, 0)),
+                pl.BlockSpec(allowed.shape, lambda row, _: (0,)),
+                *some,
+            ],
+            out_specs=[pl.BlockSpec((1, lanes, block), lambda row, tile: (tile, 0, row)) for lanes, _ in outputs],
             out_shape=[jax.ShapeDtypeStruct((tiles, lanes, padded_rows), kind) for lanes, kind in outputs],
-            compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+            compiler_params=plgpu.CompilerParams(num_warps=8 if block == ROWS else 4, num_stages=3),
             interpret=interpret,
             name=name,
         )(operand, lm_head, allowed, *columns)
@@ -90,7 +98,7 @@ def look(
 
 def _logits(hidden_ref, head_ref, allowed_ref, temperature_ref, vocabulary, depth):
     """Returns ids [T], which of them are allowed, and the tile's logits [B, T]."""
-    ids = pl.program_id(0) * TILE + jnp.arange(TILE)
+    ids = pl.program_id(1) * TILE + jnp.arange(TILE)
     near = jnp.minimum(ids, vocabulary - 1)  # the last tile reads its last row again
     rows, width = hidden_ref.shape
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 from jaxtyping import Bool
 
@@ -80,7 +79,7 @@ class Asker:
             max_slots=s.answers, page_size=page, num_pages=1 + tokens // page + s.answers * -(-context // page),
             max_prompt_tokens=tokens, max_prompt_patches=patches, max_context_tokens=context, prefill_batch=1,
             decode_steps=_DECODE_STEPS, window=self._window,
-            kernel=configured.kernel or ("tpu" if jax.default_backend() == "tpu" else "xla"),
+            kernel=configured.kernel, paged_attention=configured.paged_attention,
             prefill_chunk=-(-configured.prefill_chunk // page) * page,  # in pages of another size than these
         )  # fmt: skip
         if self._model is None:

@@ -195,9 +195,8 @@ def sampler_programs(
 
     t, none = shape.text, jnp.zeros(shape.text.vocab_size, bool)
     programs = Programs(
-        model, eos_token_ids=(0,), banned=none, trigger=none, steps=s.decode_steps,
-        kernel=sampling_kernel(config, devices[0].platform),
-        prefill_layers=s.prefill_layers, prefill_chunk=s.prefill_chunk,
+        model, eos_token_ids=(0,), banned=none, trigger=none, steps=s.decode_steps, kernel=s.kernel,
+        paged_attention=s.paged_attention, prefill_layers=s.prefill_layers, prefill_chunk=s.prefill_chunk,
     )  # fmt: skip
     heads = cached_heads(t.num_heads, t.num_kv_heads, s.tensor)
     with jax.set_mesh(mesh):
@@ -231,11 +230,6 @@ def sampler_programs(
             if (work := compiled[name].work).page_kernels:  # each reads every key and value of the rows once
                 work.bytes += s.decode_steps * s.slots * width * bytes_per_chip(pages) / s.pages
     return compiled
-
-
-def sampling_kernel(config: ConfigDict, platform: str) -> str:
-    """Returns the implementation of `sample_with_entropy` that a sampler takes there."""
-    return config.sampler.kernel or ("tpu" if platform == "tpu" else "xla")
 
 
 def batch_shapes(config: ConfigDict, place: Placement, extras: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:

@@ -54,7 +54,8 @@ class Engine:
         self._programs = Programs(
             with_params(model, self._policy.specs),  # its weights must not stay when others come
             eos_token_ids=tuple(eos_token_ids), banned=jnp.asarray(banned), trigger=jnp.asarray(trigger_mask),
-            steps=o.decode_steps, kernel=o.kernel, prefill_layers=o.prefill_layers, prefill_chunk=o.prefill_chunk,
+            steps=o.decode_steps, prefill_layers=o.prefill_layers, prefill_chunk=o.prefill_chunk, kernel=o.kernel,
+            paged_attention=o.paged_attention,
         )  # fmt: skip
         self._config = model.config
         self._eos, self._token_bytes = frozenset(map(int, eos_token_ids)), token_bytes

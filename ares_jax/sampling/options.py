@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 from ares_jax.errors import UserError
 from ares_jax.models.qwen2_5_vl import Qwen25VLConfig
+from ares_jax.models.qwen2_5_vl.paged import PAGED_ATTENTION
 from ares_jax.sampling.trajectory import RolloutRequest
 from data_pipeline.errors import DataError
 from data_pipeline.placeholders import grid_sizes, vision_spans
+from kernels.implementations import IMPLEMENTATIONS
 
 LOWEST_TEMPERATURE = 1e-4  # but for 0: logits divided by less may overflow
 
@@ -25,7 +27,8 @@ class EngineOptions:
     prefill_batch: int
     decode_steps: int  # tokens between two looks of the host
     window: int  # tokens of an entropy window
-    kernel: str = "xla"  # implementation of `kernels.sample_with_entropy`
+    kernel: str = ""  # implementation of the sampling kernels; "": their own choice (`kernels.implementations`)
+    paged_attention: str = ""  # "ragged", "triton" or "gather"; "": see `paged.paged_implementation`
     prefill_layers: int = 16  # run between two decode calls
     prefill_chunk: int = 0  # tokens of a longer prompt that the decoder runs between two decode calls; 0: all
     one_shape: bool = False  # of all decode calls, and a prompt a prefill: bits do not depend on what else is drawn
@@ -37,6 +40,12 @@ class EngineOptions:
             )
         if self.prefill_layers < 1:
             raise UserError(f"sampler.prefill_layers={self.prefill_layers}: give at least 1")
+        for name, value, possible in (
+            ("kernel", self.kernel, IMPLEMENTATIONS),
+            ("paged_attention", self.paged_attention, PAGED_ATTENTION),
+        ):
+            if value not in ("", *possible):
+                raise UserError(f"sampler.{name}={value!r}: give {', '.join(map(repr, possible))}, or '' for the default")
         if self.prefill_chunk < 0 or self.prefill_chunk < self.max_prompt_tokens and self.prefill_chunk % self.page_size:
             raise UserError(
                 f"sampler.prefill_chunk={self.prefill_chunk}: make it a multiple of page_size {self.page_size}, or 0 (off)"

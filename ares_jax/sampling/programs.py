@@ -15,7 +15,7 @@ from ares_jax.models.params import to_flat, with_params
 from ares_jax.models.qwen2_5_vl import Qwen25VL, VisionInputs
 from ares_jax.models.qwen2_5_vl.paged import cache_spec
 from ares_jax.parallel.sharding import mesh_axes
-from kernels import WindowRing, sample_with_entropy, window_push
+from kernels import WindowRing, sample_with_entropy, window_step
 
 
 class Prompts(NamedTuple):
@@ -122,9 +122,12 @@ class Programs:
 
     def __init__(
         self, model: Qwen25VL, *, eos_token_ids: tuple[int, ...], banned: Bool[Array, "V"], trigger: Bool[Array, "V"],
-        steps: int, kernel: str, prefill_layers: int, prefill_chunk: int = 0,
+        steps: int, prefill_layers: int, prefill_chunk: int = 0, kernel: str = "", paged_attention: str = "",
     ):  # fmt: skip
-        """`prefill_chunk`: tokens of a longer prompt that go through the decoder together, whole pages; 0: all."""
+        """`prefill_chunk`: tokens of a longer prompt that go through the decoder together, whole pages; 0: all.
+
+        `kernel`: `implementation` of the sampling kernels ("": their own choice); `paged_attention`: see `EngineOptions`.
+        """
         c = model.config
         self._chunk, self._layers = prefill_chunk, c.text.num_layers
         self._text_parts = [Part(False, *part) for part in _divided(c.text.num_layers, prefill_layers)]
@@ -135,7 +138,8 @@ class Programs:
         self.read_pages = jax.jit(_read_pages)
         self.write_pages = jax.jit(_write_pages, donate_argnums=0)
         eos = jnp.array(eos_token_ids, jnp.int32)
-        self.decode = jax.jit(partial(_decode, model, eos, banned, trigger, steps, kernel), donate_argnums=1)
+        fixed = (model, eos, banned, trigger, steps, kernel or None, paged_attention)
+        self.decode = jax.jit(partial(_decode, *fixed), donate_argnums=1)
 
     def parts(self, prompts: Prompts) -> list[Part]:
         """Returns the parts that fill the prompts' pages, in order."""
@@ -248,25 +252,46 @@ def _placed(kv_pages: Float[Array, "L N S 2K H"]) -> Float[Array, "L N S 2K H"]:
     return jax.lax.with_sharding_constraint(kv_pages, cache_spec(kv_pages.shape[3] // 2))
 
 
-def _sample(
-    hidden: Float[Array, "B D"], head: Float[Array, "V D"], rows: Rows, banned: Bool[Array, "V"], kernel: str
-) -> tuple[Int[Array, "B"], Float[Array, "B"], Float[Array, "B"]]:
-    """Returns the next token of every row, its log-probability and the entropy. On a mesh each device looks at its own
-    part of the vocabulary, and a few numbers a row cross."""
+class _Sampled(NamedTuple):
+    token: Int[Array, "B"]
+    log_prob: Float[Array, "B"]
+    entropy: Float[Array, "B"]
+    ring: Float[Array, "B W"]
+    ring_tokens: Int[Array, "B W"]
+    window_mean: Float[Array, "B"]
+    window_hit: Bool[Array, "B"]
 
-    def local(hidden, head, rows, banned, *, axis=None):
+
+def _sample(
+    hidden: Float[Array, "B D"],
+    head: Float[Array, "V D"],
+    rows: Rows,
+    banned: Bool[Array, "V"],
+    trigger: Bool[Array, "V"],
+    kernel: str | None,
+) -> _Sampled:
+    """Returns the next token of every row, what is known of it, and the window that ends there. On a mesh each device looks
+    at its own part of the vocabulary, and a few numbers a row cross."""
+
+    def local(hidden, head, rows, banned, trigger, *, axis=None):
         keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(rows.key), rows.place)
-        return sample_with_entropy(
+        token, log_prob, entropy = sample_with_entropy(
             hidden, head, keys, temperature=rows.temperature, top_k=rows.top_k, top_p=rows.top_p, banned=banned,
             implementation=kernel, axis_name=axis,
         )  # fmt: skip
+        ring, tokens, mean, hit = window_step(
+            WindowRing(rows.ring, rows.place), rows.ring_tokens, entropy, token, rows.alive, tau_high=rows.tau_high,
+            trigger=trigger, implementation=kernel,
+        )  # fmt: skip
+        return _Sampled(token, log_prob, entropy, ring.entropies, tokens, mean, hit)
 
     if jax.sharding.get_abstract_mesh().empty:
-        return local(hidden, head, rows, banned)
+        return local(hidden, head, rows, banned, trigger)
     axis = next(iter(mesh_axes("vocab", len(head))), None)
-    specs = PartitionSpec(), PartitionSpec(axis), PartitionSpec(), PartitionSpec(axis)
-    split = jax.shard_map(partial(local, axis=axis), in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
-    return split(hidden, head, rows, banned)
+    whole, part = PartitionSpec(), PartitionSpec(axis)
+    specs = whole, part, whole, part, whole
+    split = jax.shard_map(partial(local, axis=axis), in_specs=specs, out_specs=whole, check_vma=False)
+    return split(hidden, head, rows, banned, trigger)
 
 
 @jax.named_scope("decode")
@@ -276,7 +301,8 @@ def _decode(
     banned: Bool[Array, "V"],
     trigger: Bool[Array, "V"],
     steps: int,
-    kernel: str,
+    kernel: str | None,
+    attention: str,
     params: Any,
     kv_pages: Float[Array, "L N S 2K H"],
     page_table: Int[Array, "B M"],
@@ -289,18 +315,15 @@ def _decode(
 
     def step(carry):
         k, pages, r, out = carry
-        hidden, pages = model.decode(r.token, r.length + r.rope_delta, pages, page_table, r.length, layers)
-        token, log_prob, entropy = _sample(hidden, head, r, banned, kernel)
-        ring, mean, complete = window_push(WindowRing(r.ring, r.place), entropy, r.alive)
-        tokens = jnp.where(r.alive[:, None], jnp.concatenate([r.ring_tokens[:, 1:], token[:, None]], axis=1), r.ring_tokens)
-        hit = complete & (mean >= r.tau_high) & trigger[tokens[:, 0]]
-        drawn = Drawn(token, log_prob, entropy, mean, hit, r.alive)
+        hidden, pages = model.decode(r.token, r.length + r.rope_delta, pages, page_table, r.length, layers, attention)
+        s = _sample(hidden, head, r, banned, trigger, kernel)
+        drawn = Drawn(s.token, s.log_prob, s.entropy, s.window_mean, s.window_hit, r.alive)
         out = jax.tree.map(lambda buffer, value: buffer.at[k].set(value), out, drawn)
         place = r.place + r.alive
-        alive = r.alive & ~(token[:, None] == eos).any(axis=1) & (place < r.end)
+        alive = r.alive & ~(s.token[:, None] == eos).any(axis=1) & (place < r.end)
         r = r._replace(
-            token=jnp.where(r.alive, token, r.token), length=r.length + r.alive, place=place, alive=alive,
-            ring=ring.entropies, ring_tokens=tokens,
+            token=jnp.where(r.alive, s.token, r.token), length=r.length + r.alive, place=place, alive=alive,
+            ring=s.ring, ring_tokens=s.ring_tokens,
         )  # fmt: skip
         return k + 1, pages, r, out
 

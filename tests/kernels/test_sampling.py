@@ -56,6 +56,30 @@ def test_the_kernels_draw_what_their_twin_draws(top_p, top_k):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["tpu_interpret", "gpu_interpret"])
+def test_the_kernels_draw_what_their_twin_draws_row_by_row(implementation):
+    """More rows than a GPU's program takes, each with its own settings and key, bans, and rows that must draw again."""
+    rng = np.random.default_rng(2)
+    logits = rng.normal(size=(70, 700)).astype(np.float32) * rng.uniform(0.5, 4.0, (70, 1)).astype(np.float32)
+    logits[60:] = np.linspace(0.0, 0.01, 700, dtype=np.float32)  # three tokens are kept, and four candidates miss them
+    settings = dict(
+        temperature=jnp.array(rng.choice([0.0, 0.7, 1.0, 3.0], 60).tolist() + [1.0] * 10),
+        top_k=jnp.array(rng.choice([0, 2, 50], 60).tolist() + [3] * 10, jnp.int32),
+        top_p=jnp.array(rng.choice([0.0, 0.3, 0.99, 1.0], 60).tolist() + [1.0] * 10),
+    )
+    banned = jnp.arange(700) % 5 == 1
+    hidden, head = jnp.eye(70), jnp.array(logits.T)
+    keys = jax.random.split(jax.random.key(4), 70)
+    mine, other = (
+        sample_with_entropy(hidden, head, keys, banned=banned, implementation=name, **settings)
+        for name in (implementation, "xla")
+    )
+    np.testing.assert_array_equal(mine[0], other[0])
+    assert set(np.asarray(mine[0][60:])) <= set(np.flatnonzero(~np.asarray(banned))[-3:])
+    for a, b in zip(mine[1:], other[1:], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("top_p, top_k", [(1.0, 0), (0.8, 0), (1.0, 5), (0.9, 6)])
 def test_draws_follow_the_exact_truncated_distribution(top_p, top_k):
     hidden, head = random_case(1, 16, 40)
@@ -140,8 +164,9 @@ def test_a_split_vocabulary_draws_what_a_whole_one_draws(implementation):
         np.testing.assert_allclose(entropy[device], whole[2], rtol=1e-5, atol=1e-5)
 
 
-def test_the_gpu_kernel_lowers_to_triton():
-    shapes = [jax.ShapeDtypeStruct(s, d) for s, d in (((8, 2048), jnp.bfloat16), ((151_936, 2048), jnp.bfloat16))]
+@pytest.mark.parametrize("rows, width, dtype", [(8, 2048, "bfloat16"), (64, 3584, "float32"), (256, 3584, "bfloat16")])
+def test_the_gpu_kernel_lowers_to_triton(rows, width, dtype):
+    shapes = [jax.ShapeDtypeStruct((count, width), dtype) for count in (rows, 151_936)]
 
     def draw(hidden, head):
         return sample_with_entropy(
@@ -149,7 +174,7 @@ def test_the_gpu_kernel_lowers_to_triton():
         )
 
     text = jax.jit(draw).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
-    assert "triton" in text and "8x151936xf32" not in text
+    assert "triton" in text and f"{rows}x151936x" not in text
 
 
 @pytest.mark.parametrize("width", [2048, 3584])
@@ -161,13 +186,44 @@ def test_the_tpu_compiler_takes_the_kernel_without_a_logits_buffer(topology, wid
     def shape(dimensions, dtype):
         return jax.ShapeDtypeStruct(dimensions, dtype, sharding=place)
 
-    def draw(hidden, head, keys, top_p):
+    def draw(hidden, head, keys, top_p, banned):
         keys = jax.random.wrap_key_data(keys)
-        return sample_with_entropy(hidden, head, keys, temperature=1.0, top_k=0, top_p=top_p, implementation="tpu")
+        return sample_with_entropy(
+            hidden, head, keys, temperature=1.0, top_k=0, top_p=top_p, banned=banned, implementation="tpu"
+        )
 
     arguments = (
         shape((rows, width), jnp.bfloat16), shape((vocabulary, width), jnp.bfloat16), shape((rows, 2), jnp.uint32),
-        shape((rows,), jnp.float32),
+        shape((rows,), jnp.float32), shape((vocabulary,), bool),
     )  # fmt: skip
-    compiled = jax.jit(draw).lower(*arguments).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < rows * vocabulary * 4 / 2
+    no_logits(jax.jit(draw).lower(*arguments).compile(), rows, vocabulary)
+
+
+def no_logits(compiled, rows, vocabulary):
+    """The kernel is there and nothing of the size of the logits, nor an eighth of it, is."""
+    text = compiled.as_text()
+    assert "tpu_custom_call" in text and f"[{rows},{vocabulary}]" not in text
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 2**20 < rows * vocabulary * 4 / 2
+
+
+def test_the_tpu_compiler_takes_the_kernel_with_a_split_vocabulary():
+    mesh = jax.sharding.Mesh(topology_devices("v5e:2x2"), ("tensor",))
+    rows, vocabulary, width = 64, 151_936, 3584
+    part, whole = jax.P("tensor"), jax.P()
+
+    @functools.partial(jax.shard_map, in_specs=(whole, part, whole, part), out_specs=whole, check_vma=False)
+    def draw(hidden, head, keys, banned):
+        return sample_with_entropy(
+            hidden, head, jax.random.wrap_key_data(keys), temperature=1.0, top_k=0, top_p=jnp.float32(0.99), banned=banned,
+            implementation="tpu", axis_name="tensor",
+        )  # fmt: skip
+
+    arguments = [
+        jax.ShapeDtypeStruct(dimensions, dtype, sharding=jax.NamedSharding(mesh, spec))
+        for dimensions, dtype, spec in (
+            ((rows, width), jnp.bfloat16, whole), ((vocabulary, width), jnp.bfloat16, part), ((rows, 2), jnp.uint32, whole),
+            ((vocabulary,), bool, part),
+        )
+    ]  # fmt: skip
+    with jax.set_mesh(mesh):
+        no_logits(jax.jit(draw).lower(*arguments).compile(), rows, vocabulary // 4)

@@ -95,12 +95,15 @@ def test_vocabularies_smaller_than_the_candidates(implementation, vocabulary):
     np.testing.assert_allclose(entropy, np.log(vocabulary), atol=1e-6)
 
 
+@BOTH
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 5e-3)])
-def test_vocabulary_of_qwen_against_float64(dtype, tolerance):
+def test_vocabulary_of_qwen_against_float64(implementation, dtype, tolerance):
     rng = np.random.default_rng(0)
     hidden = jnp.array(rng.normal(size=(3, 32)) * 0.4, dtype)
     head = jnp.array(rng.normal(size=(151_936, 32)), dtype)
-    token, log_prob, entropy = sample_with_entropy(hidden, head, jax.random.key(0), temperature=0.8, top_k=0, top_p=0.99)
+    token, log_prob, entropy = sample_with_entropy(
+        hidden, head, jax.random.key(0), temperature=0.8, top_k=0, top_p=0.99, implementation=implementation
+    )
     logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T / 0.8
     log_p = logits - logits.max(1, keepdims=True)
     log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))

@@ -1,11 +1,17 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import topologies
 
-from kernels import window_means, window_push, window_ring_init
+from kernels import window_means, window_push, window_ring_init, window_step
+from kernels.window import WindowRing
+
+PALLAS = pytest.mark.parametrize("implementation", ["tpu_interpret", "gpu_interpret"])
 
 
 def slow(entropy, mask, window):
@@ -72,3 +78,78 @@ def test_the_forms_agree_bit_for_bit_compiled_or_not_with_pauses(window, compile
             on = active[:, row]
             np.testing.assert_array_equal(means_at[on, row][window - 1 :], means[row, :starts])
             np.testing.assert_array_equal(complete_at[on, row][window - 1 :], complete[row, :starts])
+
+
+@PALLAS
+@pytest.mark.parametrize("window, length", [(1, 5), (4, 130), (7, 1100), (9, 4)])
+def test_the_kernels_means_are_their_twins_bits(implementation, window, length):
+    rng = np.random.default_rng(window)
+    mask = jnp.array(rng.random((11, length)) < 0.9)
+    entropy = jnp.where(mask, jnp.array(rng.gamma(1.0, size=mask.shape), jnp.float32), jnp.nan)
+    for mine, twins in zip(
+        window_means(entropy, mask, window, implementation=implementation), window_means(entropy, mask, window), strict=True
+    ):
+        np.testing.assert_array_equal(mine, twins)
+
+
+@PALLAS
+@pytest.mark.parametrize("window", [1, 3])
+def test_the_kernels_step_is_its_twins_bits(implementation, window):
+    rng = np.random.default_rng(window)
+    rows, steps, vocabulary = 6, 7, 30
+    trigger, tau = jnp.array(rng.random(vocabulary) < 0.5), jnp.array(rng.uniform(0.5, 1.5, rows), jnp.float32)
+    start = window_ring_init(rows, window), jnp.zeros((rows, window), jnp.int32)
+    mine, twins, hits = start, start, 0
+    step, twins_step = (
+        jax.jit(functools.partial(window_step, tau_high=tau, trigger=trigger, implementation=name))
+        for name in (implementation, "xla")
+    )
+    for _ in range(steps):
+        drawn = (
+            jnp.array(rng.gamma(1.0, size=rows), jnp.float32), jnp.array(rng.integers(0, vocabulary, rows), jnp.int32),
+            jnp.array(rng.random(rows) < 0.8),
+        )  # fmt: skip
+        *mine, mean, hit = step(*mine, *drawn)
+        *twins, twins_mean, twins_hit = twins_step(*twins, *drawn)
+        for a, b in zip(jax.tree.leaves((mine, mean, hit)), jax.tree.leaves((twins, twins_mean, twins_hit)), strict=True):
+            np.testing.assert_array_equal(a, b)
+        hits += int(hit.sum())
+    assert 0 < hits < rows * steps
+
+
+def test_a_hit_is_a_high_window_that_starts_with_a_trigger():
+    trigger, tau, hits = jnp.arange(5) == 2, jnp.array([0.5]), []
+    state = window_ring_init(1, 2), jnp.zeros((1, 2), jnp.int32)
+    for entropy, token in ((0.9, 2), (0.1, 3), (0.9, 2), (0.05, 2), (0.94, 2)):
+        *state, _, hit = window_step(
+            *state, jnp.array([entropy]), jnp.array([token]), jnp.array([True]), tau_high=tau, trigger=trigger
+        )
+        hits.append(bool(hit[0]))
+    assert hits == [False, True, False, False, False]  # 2 3 at 0.5; 3 2 starts with 3; 2 2 at 0.475; 2 2 at 0.495
+
+
+@pytest.mark.parametrize("platform", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "cuda"])
+def test_compilers_take_the_kernels(platform):
+    place = None
+    if platform != "cuda":
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=platform).devices
+        place = jax.sharding.SingleDeviceSharding(devices[0])
+
+    def of(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    name = "gpu" if platform == "cuda" else "tpu"
+    means = jax.jit(functools.partial(window_means, window=4, implementation=name))
+    ring = WindowRing(of(jnp.float32, 64, 4), of(jnp.int32, 64))
+    step = jax.jit(functools.partial(window_step, implementation=name))
+    for traced in (
+        means.trace(of(jnp.float32, 64, 16_384), of(bool, 64, 16_384)),
+        step.trace(
+            ring, of(jnp.int32, 64, 4), of(jnp.float32, 64), of(jnp.int32, 64), of(bool, 64),
+            tau_high=of(jnp.float32, 64), trigger=of(bool, 151_936),
+        ),
+    ):  # fmt: skip
+        if platform == "cuda":
+            assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
+        else:
+            assert "tpu_custom_call" in traced.lower().compile().as_text()

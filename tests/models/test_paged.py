@@ -1,4 +1,4 @@
-"""Attention over pages: JAX's TPU kernel (in the interpreter) and the gather against float64, and the TPU's compiler."""
+"""Attention over pages: both kernels (in the interpreter) and the gather against float64, and the compilers."""
 
 import dataclasses
 import functools
@@ -10,7 +10,8 @@ import pytest
 from jax._src import literals
 from jax.experimental import pallas
 
-from ares_jax.models.qwen2_5_vl import paged
+from ares_jax.errors import UserError
+from ares_jax.models.qwen2_5_vl import paged, paged_gpu
 from ares_jax.models.qwen2_5_vl.config import PUBLISHED
 from ares_jax.models.qwen2_5_vl.paged import gathered_attention, paged_implementation, ragged_attention
 from ares_jax.parallel import aot
@@ -69,6 +70,10 @@ def test_kernel_and_gather_are_the_float64_attention(heads, kv_heads, dtype, tol
     np.testing.assert_allclose(np.asarray(gathered_attention(*arguments), float), expected, atol=tolerance)
     mine = jax.jit(ragged_attention)(*arguments)
     np.testing.assert_allclose(np.asarray(mine, float), expected, atol=tolerance)
+    monkeypatch.setattr(paged_gpu, "TOKENS", 16)  # a block has two pages; the last one of a row's five only one
+    monkeypatch.setattr(paged_gpu, "SHARES", 2)
+    mine = paged_gpu.attend_pages(*arguments, interpret=True)
+    np.testing.assert_allclose(np.asarray(mine, float), expected, atol=tolerance)
 
 
 def test_only_what_the_kernel_takes_is_given_to_it():
@@ -79,6 +84,26 @@ def test_only_what_the_kernel_takes_is_given_to_it():
     assert paged_implementation("tpu", half, 3, 128) == "gather"  # six heads are no whole tile
     assert paged_implementation("tpu", half, 4, 64) == "gather"
     assert paged_implementation("gpu", half, 4, 128) == paged_implementation("cpu", wide, 4, 128) == "gather"
+    assert paged_implementation("gpu", half, 4, 128, "triton") == "triton"
+    assert paged_implementation("tpu", half, 4, 128, "gather") == "gather"
+    for on, size, wanted, possible in (
+        ("cpu", 128, "ragged", "'gather'$"), ("gpu", 80, "triton", "'gather'$"),
+        ("gpu", 128, "ragged", "'gather' or 'triton'"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"sampler.paged_attention='{wanted}'.*{possible}"):
+            paged_implementation(on, half, 4, size, wanted)
+
+
+@pytest.mark.parametrize("heads, kv_heads, dtype", [(16, 2, "float32"), (28, 4, "bfloat16")])
+def test_the_gpu_kernel_lowers_to_triton_and_copies_nothing_of_the_cache(heads, kv_heads, dtype):
+    of = jax.ShapeDtypeStruct
+    cache = of((28, 8192, 64, 2 * kv_heads, 128), dtype)
+    whole = of((), jnp.int32), of((64, 320), jnp.int32), of((64,), jnp.int32)
+    lowered = jax.jit(paged_gpu.attend_pages).trace(of((64, heads, 128), dtype), cache, *whole)
+    text = lowered.lower(lowering_platforms=("cuda",)).as_text()
+    assert "triton" in text
+    made = (line.split("->")[-1] for line in text.splitlines() if "stablehlo." in line)
+    assert not any("28x8192x64" in result for result in made)
 
 
 @pytest.mark.parametrize(

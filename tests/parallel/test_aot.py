@@ -278,8 +278,9 @@ def test_what_a_search_finds_is_what_to_type():
     assert overrides(given, given) == ""
 
 
-def test_decoding_counts_the_attention_of_its_kernel():
+def test_decoding_counts_the_operations_of_its_kernels():
     config, shape = planned("7b"), PUBLISHED["7b"]
+    config.sampler.kernel = "tpu"
     context = config.sampler.max_prompt_tokens + config.sampler.max_response_tokens
     tokens = config.sampler.slots * config.sampler.decode_steps
     t = shape.text
@@ -287,6 +288,8 @@ def test_decoding_counts_the_attention_of_its_kernel():
     assert kernel_flops(config, shape, 4)["decode"] == by_hand
     config.sampler.tensor = 4
     assert kernel_flops(config, shape, 4)["decode"] == by_hand / 4
+    config.sampler.update(kernel="", paged_attention="gather")  # the compiler's text has it all
+    assert kernel_flops(config, shape, 4)["decode"] == 0
 
 
 def test_a_micro_batch_has_a_row_for_every_part_of_the_mesh():

@@ -91,7 +91,7 @@ def test_the_cache_holds_a_head_for_every_part_of_the_query_heads():
 def test_decoding_7b_fits_four_chips_of_16_gib():
     config, shape = qwen2_5_vl.aepo("7b"), PUBLISHED["7b"]
     config.model.param_dtype = "bfloat16"
-    config.sampler.update(tensor=4, pages=2048)
+    config.sampler.update(tensor=4, pages=2048, kernel="tpu")
     program = aot.sampler_programs(config, shape, aot.topology_devices("v5e:2x2"), ("decode",))["decode"]
     assert not program.refused and program.peak < 16 * GIB
     assert program.resident["KV pages"] == 28 * 2048 * 64 * 2 * 128 * 2  # one key/value head of four

@@ -14,6 +14,15 @@ def test_prompts_are_padded_to_whole_pages_and_whole_chunks():
     assert prompts_together(32, 0, 4) == 4
 
 
+@pytest.mark.parametrize("name, good", [("kernel", "tpu"), ("paged_attention", "gather")])
+def test_kernels_have_names(name, good):
+    sizes = dict(max_prompt_tokens=64, max_prompt_patches=48, max_context_tokens=128, prefill_batch=4, decode_steps=5)
+    options = dict(max_slots=4, page_size=8, num_pages=99, window=3, **sizes)
+    assert getattr(EngineOptions(**options, **{name: good}), name) == good
+    with pytest.raises(UserError, match=f"sampler.{name}='cuda': give .*'{good}'.* or '' for the default"):
+        EngineOptions(**options, **{name: "cuda"})
+
+
 @pytest.mark.parametrize("chunk, fits", [(0, True), (16, True), (100, True), (12, False), (-8, False)])
 def test_a_chunk_is_whole_pages(chunk, fits):
     sizes = dict(max_prompt_tokens=64, max_prompt_patches=48, max_context_tokens=128, prefill_batch=4, decode_steps=5)

@@ -67,12 +67,13 @@ class Qwen25VL(nnx.Module):
         page_table: Int[Array, "B M"],
         lengths: Int[Array, "B"],
         layers: Sequence[dict[str, jax.Array]] | None = None,
+        attention: str = "",
     ) -> tuple[Float[Array, "B D"], Float[Array, "L N S 2K H"]]:
         """Appends one token a row at slot `lengths` of its pages; returns the hidden states and the cache.
 
-        Page 0 is trash: table entries that are not in use hold 0. `layers`: see `TextDecoder.decode`.
+        Page 0 is trash: table entries that are not in use hold 0. `layers`, `attention`: see `TextDecoder.decode`.
         """
-        return self.text.decode(self.text.embed(tokens), positions, kv_pages, page_table, lengths, layers)
+        return self.text.decode(self.text.embed(tokens), positions, kv_pages, page_table, lengths, layers, attention)
 
     def embed(
         self,

@@ -1,4 +1,4 @@
-"""The paged cache, and one query token a row over it: JAX's ragged kernel on TPUs, a gather elsewhere. Softmax in float32.
+"""The paged cache, and one query token a row over it: kernels, or a gather of the pages. Softmax in float32.
 
 The cache is [layers, pages, slots of a page, 2 x key/value heads, head size]: key of head k at 2k, value at 2k + 1. On a
 mesh it is split by heads: each device attends with its own query heads, and nothing of the cache crosses devices.
@@ -10,23 +10,37 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from ares_jax.errors import UserError
+from ares_jax.models.qwen2_5_vl import paged_gpu
 from ares_jax.parallel.sharding import mesh_axes, platform
 
+PAGED_ATTENTION = ("ragged", "triton", "gather")
 TABLE_BYTES = 2**19  # of a page table given to one call of the kernel: it lies in scalar memory, 1 MiB
 BLOCK_TOKENS = 512  # fetched at once, twice: a fetch overshoots a row's end by half of this on average
 BLOCK_PAGES = 16  # at most: each page is a copy with its own scalar registers, of which there are 32
 
 
-def paged_implementation(platform: str, dtype: jnp.dtype, kv_heads: int, head_size: int) -> str:
-    """Returns "ragged" (JAX's kernel for TPUs) or "gather".
+def paged_implementation(platform: str, dtype: jnp.dtype, kv_heads: int, head_size: int, wanted: str = "") -> str:
+    """Returns "ragged" (JAX's kernel for TPUs), "triton" (ours for GPUs) or "gather".
 
-    GPUs gather: JAX's kernel for them wants keys and values apart and heads before pages, a transposed copy of the cache.
+    `wanted` (`sampler.paged_attention`) names one; "" takes "ragged" where it can be, otherwise "gather": "triton" was
+    never timed. Raises `UserError` where what is wanted cannot be.
     """
     packed = 4 // jnp.dtype(dtype).itemsize  # values in a word
     words = 2 * kv_heads // packed
     tiled = 2 * kv_heads % packed == 0 and (words in (1, 2, 4) or words % 8 == 0)
     fits = dtype in (jnp.float32, jnp.bfloat16) and head_size % 128 == 0 and tiled
-    return "ragged" if platform == "tpu" and fits else "gather"
+    possible = ["gather"]
+    if platform == "tpu" and fits:
+        possible.insert(0, "ragged")
+    if platform == "gpu" and paged_gpu.fits(head_size):
+        possible.append("triton")
+    if wanted and wanted not in possible:
+        raise UserError(
+            f"sampler.paged_attention={wanted!r}: on a {platform}, with {kv_heads} key/value heads of size {head_size} in "
+            f"{jnp.dtype(dtype).name} on a device, give {' or '.join(map(repr, possible))}"
+        )
+    return wanted or possible[0]
 
 
 def cached_heads(heads: int, kv_heads: int, parts: int) -> int:
@@ -72,13 +86,17 @@ def append_and_attend(
     layer: Int[Array, ""],
     page_table: Int[Array, "B M"],
     lengths: Int[Array, "B"],
+    wanted: str = "",
 ) -> tuple[Float[Array, "B N H"], Float[Array, "L N S 2C H"]]:
-    """Stores one token a row behind its `lengths` tokens and attends to all of them. Returns that and the cache."""
+    """Stores one token a row behind its `lengths` tokens and attends to all of them. Returns that and the cache.
+
+    `wanted`: see `paged_implementation`.
+    """
     kv = copied_heads(kv, kv_pages.shape[3] // 2)
 
     def local(query, kv, kv_pages, layer, page_table, lengths):
         kv_pages = write_page_slot(kv_pages, layer, kv, page_table, lengths)
-        return paged_attention(query, kv_pages, layer, page_table, lengths + 1), kv_pages
+        return paged_attention(query, kv_pages, layer, page_table, lengths + 1, wanted), kv_pages
 
     arguments = (query, kv, kv_pages, jnp.asarray(layer), page_table, lengths)
     if jax.sharding.get_abstract_mesh().empty:
@@ -109,10 +127,11 @@ def paged_attention(
     layer: Int[Array, ""],
     page_table: Int[Array, "B M"],
     lengths: Int[Array, "B"],
+    wanted: str = "",
 ) -> Float[Array, "B N H"]:
     """One query token a row over the first `lengths` (at least 1) tokens of its pages."""
-    kind = paged_implementation(platform(), kv_pages.dtype, kv_pages.shape[3] // 2, kv_pages.shape[4])
-    attend = {"ragged": ragged_attention, "gather": gathered_attention}[kind]
+    kind = paged_implementation(platform(), kv_pages.dtype, kv_pages.shape[3] // 2, kv_pages.shape[4], wanted)
+    attend = {"ragged": ragged_attention, "triton": paged_gpu.attend_pages, "gather": gathered_attention}[kind]
     return attend(query, kv_pages, layer, page_table, lengths)
 
 

@@ -139,8 +139,9 @@ class TextDecoder(nnx.Module):
         page_table: Int[Array, "B M"],
         lengths: Int[Array, "B"],
         layers: Sequence[dict[str, jax.Array]] | None = None,
+        attention: str = "",
     ) -> tuple[Float[Array, "B D"], Float[Array, "L N S 2K H"]]:
-        """One token a row; its text position is the same on all three axes.
+        """One token a row; its text position is the same on all three axes. `attention`: see `paged_implementation`.
 
         `layers`: the stacked parameters cut into layers beforehand. CPUs and GPUs copy a layer out of its stack before
         they multiply with it, which makes a step half as long again. `x_by_output` [F, D] may stand for `x_kernel` [D, F].
@@ -154,7 +155,9 @@ class TextDecoder(nnx.Module):
             p, index = stacked
             p = self._cast(p)
             query, key, value = self._project(x[:, None], p, angles)
-            mixed, pages = append_and_attend(query[:, 0], _interleave(key, value)[:, 0], pages, index, page_table, lengths)
+            mixed, pages = append_and_attend(
+                query[:, 0], _interleave(key, value)[:, 0], pages, index, page_table, lengths, attention
+            )
             return (self._mlp(x + self._linear(mixed.reshape(rows, -1), p, "out"), p), pages), None
 
         if layers is None:

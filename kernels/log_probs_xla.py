@@ -1,0 +1,83 @@
+"""The plain-XLA form of the learner's log-probabilities: chunks of tokens, each with its logits over the vocabulary."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from kernels.logits import precision, token_logits
+
+LOGITS = 1024 * 151_936  # at most held at one time, however large the vocabulary
+CHUNK = 1024  # tokens at most
+
+
+def chunk_of(vocabulary: int) -> int:
+    """Returns the tokens whose logits are held at one time."""
+    return max(1, min(CHUNK, LOGITS // vocabulary))
+
+
+def forward(
+    hidden: Float[Array, "N D"],
+    lm_head: Float[Array, "V D"],
+    targets: Int[Array, "N"],
+    banned: Bool[Array, "V"] | None,
+    temperature: float,
+    *,
+    chunk: int,
+) -> tuple[Float[Array, "N"], Float[Array, "N"], Float[Array, "N"]]:
+    """Returns log-probability, entropy and log-sum-exp."""
+
+    def step(_, piece):
+        h, target = piece
+        logits = token_logits(h, lm_head, temperature, banned)
+        top = jnp.max(logits, axis=1, keepdims=True)
+        shifted = logits - top
+        weights = jnp.exp(shifted)
+        total = jnp.sum(weights, axis=1)
+        log_total = jnp.log(total)
+        moment = jnp.sum(jnp.where(weights > 0, weights * shifted, 0.0), axis=1)
+        log_prob = jnp.take_along_axis(shifted, target[:, None], axis=1)[:, 0] - log_total
+        return None, (log_prob, log_total - moment / total, top[:, 0] + log_total)
+
+    _, results = jax.lax.scan(step, None, _pieces((hidden, targets), chunk))
+    log_prob, entropy, log_normalizer = (x.reshape(-1)[: len(hidden)] for x in results)
+    return log_prob, entropy, log_normalizer
+
+
+def backward(
+    hidden: Float[Array, "N D"],
+    lm_head: Float[Array, "V D"],
+    targets: Int[Array, "N"],
+    banned: Bool[Array, "V"] | None,
+    temperature: float,
+    rows: Float[Array, "4 N"],
+    *,
+    chunk: int,
+) -> tuple[Float[Array, "N D"], Float[Array, "V D"]]:
+    """Returns the gradients. `rows`: log-sum-exp, entropy, and the gradients of log-probability and entropy."""
+    ids = jnp.arange(lm_head.shape[0])
+
+    def step(d_head, piece):
+        h, target, normalizer, entropy, g_lp, g_h = piece
+        log_p = token_logits(h, lm_head, temperature, banned) - normalizer[:, None]
+        p = jnp.exp(log_p)
+        surprise = jnp.where(p > 0, log_p, 0.0) + entropy[:, None]
+        d_logits = g_lp[:, None] * ((ids == target[:, None]) - p) - g_h[:, None] * p * surprise
+        d_logits = (d_logits / temperature).astype(hidden.dtype)
+        einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=precision(hidden, lm_head))
+        d_h = einsum("NV,VD->ND", d_logits, lm_head)
+        d_head = d_head + einsum("NV,ND->VD", d_logits, h)
+        return d_head, d_h.astype(hidden.dtype)
+
+    start = jnp.zeros(lm_head.shape, jnp.float32)
+    d_head, d_hidden = jax.lax.scan(step, start, _pieces((hidden, targets, *rows), chunk))
+    return d_hidden.reshape(-1, hidden.shape[1])[: len(hidden)], d_head.astype(lm_head.dtype)
+
+
+def _pieces(arrays, chunk: int):
+    """Returns arrays of N tokens as [pieces, chunk, ...]; zeros fill the last piece."""
+    count = len(arrays[0])
+    chunk = min(chunk, max(count, 1))
+    padded = (jnp.pad(x, ((0, -count % chunk), *((0, 0),) * (x.ndim - 1))) for x in arrays)
+    return tuple(x.reshape(-1, chunk, *x.shape[1:]) for x in padded)
