@@ -205,8 +205,8 @@ def test_the_tpu_compiler_takes_the_kernels_without_a_logits_buffer(topology, wi
     ]  # fmt: skip
     programs = [loss] + [jax.grad(loss, argnums=(0, 1))] * topology.startswith(backwards)
     for program, calls in zip(programs, (1, 3), strict=False):
-        compiled = jax.jit(program).lower(*arguments).compile()
-        text = compiled.as_text()
-        assert text.count("tpu_custom_call") == calls and f"{vocabulary},{count}]" not in text
-        assert f"{count},{vocabulary}]" not in text
-        assert compiled.memory_analysis().temp_size_in_bytes < 4 * 2**20  # nothing of N x D or V x D either
+        lowered = jax.jit(program).lower(*arguments)
+        text = lowered.as_text()  # not the compiled one: jaxlib 0.10.2 cannot read asynchronous copies of libtpu 0.0.51
+        assert text.count("@tpu_custom_call") == calls
+        assert not any(f"{shape}x" in text for shape in (f"{count}x{vocabulary}", f"{vocabulary}x{count}"))
+        assert lowered.compile().memory_analysis().temp_size_in_bytes < 4 * 2**20  # nor anything of N x D or V x D
