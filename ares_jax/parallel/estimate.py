@@ -28,11 +28,6 @@ class Estimate(NamedTuple):
         return self.compute + self.network
 
 
-@functools.cache
-def _parameters(shape: Qwen25VLConfig) -> int:
-    return count_parameters(to_flat(abstract_model(shape)))
-
-
 def estimate(
     shape: Qwen25VLConfig,
     mesh: Mapping[str, int],
