@@ -17,7 +17,7 @@ from ares_jax.parallel import aot, gpu_targets
 from ares_jax.parallel.chips import BETWEEN_HOSTS, GPUS, chip_of
 from ares_jax.plan import kernel_flops, row_flops, table
 from configs import qwen2_5_vl
-from kernels import sample_with_entropy
+from kernels import sample_with_entropy, token_log_probs_and_entropy, window_means
 
 compiler = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None, reason="pip install --no-deps -r requirements-gpu-compiler.txt"
@@ -77,6 +77,26 @@ def test_the_sampling_kernel_is_compiled_and_makes_no_logits(kind, rows, width, 
     assert kernel.memory_analysis().temp_size_in_bytes < buffer / 2 and twin.memory_analysis().temp_size_in_bytes > buffer
 
 
+@compiler
+def test_the_other_triton_kernels_are_compiled():
+    (device,) = aot.topology_devices("h200:1")
+    place = jax.sharding.SingleDeviceSharding(device)
+
+    def compiled(f, *shapes):
+        text = jax.jit(f).lower(*(jax.ShapeDtypeStruct(s, t, sharding=place) for s, t in shapes)).compile().as_text()
+        assert "triton" in text
+        return text
+
+    def log_probs(hidden, head, targets):
+        return token_log_probs_and_entropy(hidden, head, targets, temperature=1.0, implementation="gpu")
+
+    text = compiled(
+        log_probs, ((1024, 3584), jnp.bfloat16), ((VOCABULARY, 3584), jnp.bfloat16), ((1024,), jnp.int32)
+    )  # fmt: skip
+    assert f"f32[1024,{VOCABULARY}]" not in text
+    compiled(lambda h, m: window_means(h, m, 4, implementation="gpu"), ((8, 4096), jnp.float32), ((8, 4096), jnp.bool_))
+
+
 @pytest.fixture(scope="module")
 def planned():
     """Returns the 3B config on one GPU, rows of 4,096 tokens, and its shape with two layers of each tower."""
@@ -119,3 +139,16 @@ def _decode_flops(config, shape):
     attention = 2 * width * (s.max_prompt_tokens + s.max_response_tokens)
     token = 2 * (t.num_layers * (layer + attention) + t.vocab_size * t.hidden_size)
     return s.slots * s.decode_steps * token
+
+
+@compiler
+def test_decoding_by_the_triton_kernels_alone(planned):
+    """Pages are read where they lie, and logits are never made: less memory, and fewer bytes than the gather's copies."""
+    config, shape = planned
+    devices = aot.topology_devices("h200:1")
+    gathered = aot.sampler_programs(config, shape, devices, ("decode",))["decode"]
+    config = config.copy_and_resolve_references()
+    config.sampler.update(kernel="gpu", paged_attention="triton")
+    program = aot.sampler_programs(config, shape, devices, ("decode",))["decode"]
+    assert program.temporary < gathered.temporary / 4
+    assert program.work.bytes < gathered.work.bytes / 2
