@@ -3,7 +3,7 @@
 The programs of a GPU run side by side, so each looks at one tile of the vocabulary for one block of rows, and writes the
 sums and the four largest perturbed logits; a few numbers a tile are then merged by XLA. Blocks of rows are the grid's
 first axis: the programs that run together find their tile of the head in the cache. Interpreted and lowered to Triton in
-the tests; never compiled or timed on a GPU.
+the tests; compiled by XLA for GPUs, never timed on one.
 """
 
 import functools
