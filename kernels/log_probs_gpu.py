@@ -2,7 +2,7 @@
 
 A program goes through the whole vocabulary with one block of tokens; nothing but four numbers a token is written. The
 backward pass is `log_probs_xla`'s: a block's gradient, tokens x D in float32, is more than a program's registers hold.
-Interpreted and lowered to Triton in the tests; never compiled or timed on a GPU.
+Interpreted in the tests and compiled there by XLA for a GPU; never timed on one.
 """
 
 import functools
