@@ -140,7 +140,8 @@ def test_an_evaluation_told_to_go_keeps_its_answers_and_the_next_one_compiles_no
     assert process.returncode == 0 and "stopped: all that was done is on disk" in said, said[-2000:]
     (hits, misses), before = cached(), {r["index"]: r["response"] for r in read_jsonl(kept)}
     assert before and misses > hits and any((folder / "compilation_cache").iterdir())
-    kept.write_text(kept.read_text().replace(next(iter(before.values())), "kept", 1) + '{"index": 5, "resp')  # and cut off
+    records = [{**record, "response": "kept"} for record in read_jsonl(kept)]
+    kept.write_text("".join(f"{json.dumps(record)}\n" for record in records) + '{"index": 5, "resp')  # and cut off
     result = subprocess.run(line("evaluate", folder), env=mine, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     samples = json.loads((folder / "evaluation" / "base.json").read_text())["samples"]

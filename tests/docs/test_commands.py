@@ -35,6 +35,8 @@ NOT_EXECUTED = {
     f"python -m ares_jax.{_PLAN}v5p:2x2x2": _COMPILES,
     f"python -m ares_jax.{_PLAN}v5p:4x4x4,v6e:16x16": _COMPILES,
     f"python -m ares_jax.{_PLAN}v5p:4x4x8 --search --compile=2": _COMPILES,
+    f"python -m ares_jax.{_PLAN}h200:8,h200:4x8": "tests/parallel/test_gpu_compiler.py tries the compiler",
+    f"python -m ares_jax.{_PLAN}h200:8".replace("7b", "3b"): "tests/parallel/test_gpu_compiler.py tries the compiler",
     "make test": "it runs this test; .ci/run executes it",
     "python -m venv .venv": "`make demo` and `make test` do it where .ci/run executes them",
     "pip install -c requirements.lock -e '.[tpu]'": "needs the network; tests/test_package.py builds the installation",
