@@ -16,6 +16,7 @@ from ares_jax.checkpoints.orbax_params import layer_axes
 from ares_jax.errors import UserError
 
 BEST_METRIC = "score"
+LONGEST_SAVE = 1200  # seconds; of several processes one that cannot save keeps the others waiting for so long
 
 
 class Checkpoints:
@@ -38,8 +39,9 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=policy, best_fn=_score, enable_async_checkpointing=True
-                ),
+                    preservation_policy=policy, best_fn=_score, enable_async_checkpointing=True,
+                    async_options=ocp.AsyncOptions(timeout_secs=LONGEST_SAVE),
+                ),  # fmt: skip
             )
 
         self._whole = self._started = self.latest()

@@ -10,6 +10,7 @@ from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ares_jax import cli
+from ares_jax.checkpoints import manager
 from ares_jax.checkpoints.manager import Checkpoints
 from ares_jax.errors import Preempted
 from ares_jax.lifecycle.steps import Steps
@@ -24,6 +25,8 @@ _MODE = flags.DEFINE_enum("mode", "train", _MODES, "what goes wrong")
 def main(config, workdir):
     mesh = make_mesh()
     sharding = NamedSharding(mesh, PartitionSpec("fsdp"))
+    if _MODE.value == "half":
+        manager.LONGEST_SAVE = 10
     checkpoints = Checkpoints(workdir / "steps", keep=3)
     params = {"w": put(jnp.zeros(4096), sharding)}
     first, progress = checkpoints.latest() or 0, None

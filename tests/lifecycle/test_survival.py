@@ -141,8 +141,8 @@ def test_a_full_disk_is_said_in_one_line_whatever_is_written(tmp_path, mode):
 def test_one_of_two_cannot_save_and_both_end_with_the_last_checkpoint(tmp_path):
     both = pair(tmp_path, "--mode=half", "--heartbeat_timeout=5")
     outputs = ended(both)
-    assert both[1].returncode == 2 and "step 1 is whole" in outputs[1], outputs[1]
-    assert both[0].returncode not in (0, None), outputs[0]
+    assert {process.returncode for process in both} <= {2, -signal.SIGABRT}, outputs  # JAX ends who is left behind
+    assert "a checkpoint cannot be written (" in "".join(outputs) and "step 1 is whole" in "".join(outputs)
     assert Checkpoints(tmp_path / "steps").steps() == [1]
 
 
