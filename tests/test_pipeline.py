@@ -138,14 +138,14 @@ def test_an_evaluation_told_to_go_keeps_its_answers_and_the_next_one_compiles_no
     process.send_signal(signal.SIGTERM)
     said = process.communicate()[1]
     assert process.returncode == 0 and "stopped: all that was done is on disk" in said, said[-2000:]
-    (hits, misses), before = cached(), {r["index"]: r["response"] for r in read_jsonl(kept)}
-    assert before and misses > hits and any((folder / "compilation_cache").iterdir())
-    records = [{**record, "response": "kept"} for record in read_jsonl(kept)]
-    kept.write_text("".join(f"{json.dumps(record)}\n" for record in records) + '{"index": 5, "resp')  # and cut off
+    (hits, misses), (first, *rest) = cached(), read_jsonl(kept)
+    assert misses > hits and any((folder / "compilation_cache").iterdir())
+    lines = [json.dumps(line) + "\n" for line in ({**first, "response": "kept"}, *rest)]
+    kept.write_text("".join(lines) + '{"index": 5, "resp')  # a kill cuts a line off
     result = subprocess.run(line("evaluate", folder), env=mine, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     samples = json.loads((folder / "evaluation" / "base.json").read_text())["samples"]
-    assert samples[next(iter(before))]["response"] == "kept"
+    assert samples[first["index"]]["response"] == "kept"
     for name in ("cold_start", "aepo"):
         mine, expected = (json.loads((run / "evaluation" / f"{name}.json").read_text()) for run in (folder, workdir))
         assert mine == expected
