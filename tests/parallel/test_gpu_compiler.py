@@ -142,13 +142,18 @@ def _decode_flops(config, shape):
 
 
 @compiler
-def test_decoding_by_the_triton_kernels_alone(planned):
-    """Pages are read where they lie, and logits are never made: less memory, and fewer bytes than the gather's copies."""
+def test_decoding_by_triton_kernels(planned):
+    """Pages are read where they lie: fewer bytes than the gather's copies. With the sampling kernel logits are never made.
+
+    That kernel's bytes are not compared: its loop of draws again, which hardly ever runs, is counted to its limit.
+    """
     config, shape = planned
-    devices = aot.topology_devices("h200:1")
-    gathered = aot.sampler_programs(config, shape, devices, ("decode",))["decode"]
     config = config.copy_and_resolve_references()
-    config.sampler.update(kernel="gpu", paged_attention="triton")
-    program = aot.sampler_programs(config, shape, devices, ("decode",))["decode"]
-    assert program.temporary < gathered.temporary / 4
-    assert program.work.bytes < gathered.work.bytes / 2
+
+    def decode(**settings):
+        config.sampler.update(settings)
+        return aot.sampler_programs(config, shape, aot.topology_devices("h200:1"), ("decode",))["decode"]
+
+    gathered, read_in_place = decode(), decode(paged_attention="triton")
+    assert read_in_place.work.bytes < 0.6 * gathered.work.bytes
+    assert decode(kernel="gpu").temporary < gathered.temporary / 4
