@@ -30,9 +30,10 @@ from ares_jax.models.qwen2_5_vl.model import abstract_model, new_lora, new_model
 from ares_jax.parallel.distributed import barrier, gather, is_first, share, to_host
 from ares_jax.parallel.micro_batch import row_count, share_of
 from ares_jax.parallel.sharding import Placement, make_mesh, place_model
-from ares_jax.sampling import Engine, EngineOptions
+from ares_jax.sampling import Engine
 from ares_jax.sampling.everyone import Everyone
 from ares_jax.sampling.local import LocalSampler
+from ares_jax.sampling.options import engine_options
 from ares_jax.service.client import RolloutClient
 from ares_jax.service.process import start_sampler
 from ares_jax.training.update import Params
@@ -212,17 +213,10 @@ class Workspace:
 
     def engine(self, params: Params) -> Engine:
         """Returns an engine with the given weights, as `drawn_with` gives them, on the devices where they lie."""
-        s = self.config.sampler
-        options = EngineOptions(
-            max_slots=s.slots, page_size=s.page_size, num_pages=s.pages, max_prompt_tokens=s.max_prompt_tokens,
-            max_prompt_patches=s.max_prompt_patches, max_context_tokens=s.max_prompt_tokens + s.max_response_tokens,
-            prefill_batch=s.prefill_batch, decode_steps=s.decode_steps, window=self.config.aepo.window,
-            kernel=s.kernel, paged_attention=s.paged_attention, prefill_layers=s.prefill_layers,
-            prefill_chunk=s.prefill_chunk, one_shape=s.one_shape,
-        )  # fmt: skip
         plain = abstract_model(self.model.config, **self._sampler_types)
         return Engine(
-            with_params(plain, dict(self.drawn_with(params))), options, eos_token_ids=[self.tokenizer.eos_token_id],
+            with_params(plain, dict(self.drawn_with(params))), engine_options(self.config),
+            eos_token_ids=[self.tokenizer.eos_token_id],
             banned=self.banned, trigger_mask=self.trigger, token_bytes=tokenizer.token_bytes(self.tokenizer),
         )  # fmt: skip
 

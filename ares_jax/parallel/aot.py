@@ -33,6 +33,7 @@ from ares_jax.parallel.gpu_targets import target_config
 from ares_jax.parallel.hlo import Work, work
 from ares_jax.parallel.micro_batch import row_count
 from ares_jax.parallel.sharding import Placement, batch_sharding, make_mesh, place_model
+from ares_jax.sampling.options import engine_options
 from ares_jax.sampling.programs import Programs, Prompts, Rows, cut_shapes
 from ares_jax.sampling.shapes import prompt_sizes, prompts_together
 from ares_jax.training import Update, abstract_state, make_optimizer, trainable
@@ -181,7 +182,7 @@ def sampler_programs(
     config: ConfigDict, shape: Qwen25VLConfig, devices: Sequence[Any], names: Sequence[str] = ("prefill", "decode")
 ) -> dict[str, Compiled]:
     """Returns programs as the engine runs them, on `sampler.tensor` of the devices, rows at their longest, by name."""
-    s = config.sampler
+    s, options = config.sampler, engine_options(config)
     if not 1 <= s.tensor <= len(devices):
         raise UserError(f"sampler.tensor={s.tensor}: the slice has {len(devices)} chips; give 1 to {len(devices)}")
     mesh = make_mesh(tensor=s.tensor, devices=devices[: s.tensor])
@@ -195,8 +196,9 @@ def sampler_programs(
 
     t, none = shape.text, jnp.zeros(shape.text.vocab_size, bool)
     programs = Programs(
-        model, eos_token_ids=(0,), banned=none, trigger=none, steps=s.decode_steps, kernel=s.kernel,
-        paged_attention=s.paged_attention, prefill_layers=s.prefill_layers, prefill_chunk=s.prefill_chunk,
+        model, eos_token_ids=(0,), banned=none, trigger=none, steps=options.decode_steps, kernel=options.kernel,
+        paged_attention=options.paged_attention, prefill_layers=options.prefill_layers,
+        prefill_chunk=options.prefill_chunk,
     )  # fmt: skip
     heads = cached_heads(t.num_heads, t.num_kv_heads, s.tensor)
     with jax.set_mesh(mesh):
@@ -211,7 +213,7 @@ def sampler_programs(
         array((rows, tokens), jnp.int32), array((rows, 3, tokens), jnp.int32), array((rows, tokens), jnp.int32),
         array((rows, tokens // s.page_size), jnp.int32), vision,
     )  # fmt: skip
-    width = -(-(s.max_prompt_tokens + s.max_response_tokens) // s.page_size)
+    width = options.pages(options.max_context_tokens)
     kinds = {
         "alive": jnp.bool_, "key": jnp.uint32, "temperature": jnp.float32, "top_p": jnp.float32, "tau_high": jnp.float32,
         "ring": jnp.float32,

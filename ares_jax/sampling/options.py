@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from ml_collections import ConfigDict
+
 from ares_jax.errors import UserError
 from ares_jax.models.qwen2_5_vl import Qwen25VLConfig
 from ares_jax.models.qwen2_5_vl.paged import PAGED_ATTENTION
@@ -70,6 +72,18 @@ class EngineOptions:
     def pages(self, tokens: int) -> int:
         """Returns how many pages hold so many tokens."""
         return -(-tokens // self.page_size)
+
+
+def engine_options(config: ConfigDict) -> EngineOptions:
+    """Returns the sizes that a config asks for. Raises `UserError` for those that cannot be."""
+    s = config.sampler
+    return EngineOptions(
+        max_slots=s.slots, page_size=s.page_size, num_pages=s.pages, max_prompt_tokens=s.max_prompt_tokens,
+        max_prompt_patches=s.max_prompt_patches, max_context_tokens=s.max_prompt_tokens + s.max_response_tokens,
+        prefill_batch=s.prefill_batch, decode_steps=s.decode_steps, window=config.aepo.window,
+        kernel=s.kernel, paged_attention=s.paged_attention, prefill_layers=s.prefill_layers,
+        prefill_chunk=s.prefill_chunk, one_shape=s.one_shape,
+    )  # fmt: skip
 
 
 def check_request(request: RolloutRequest, options: EngineOptions, model: Qwen25VLConfig) -> None:

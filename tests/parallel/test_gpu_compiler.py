@@ -145,7 +145,7 @@ def _decode_flops(config, shape):
 def test_decoding_by_triton_kernels(planned):
     """Pages are read where they lie: fewer bytes than the gather's copies. With the sampling kernel logits are never made.
 
-    That kernel's bytes are not compared: its loop of draws again, which hardly ever runs, is counted to its limit.
+    That kernel's bytes are not compared: its loop over candidates mostly ends after the first and is counted to its limit.
     """
     config, shape = planned
     config = config.copy_and_resolve_references()

@@ -3,9 +3,11 @@
 import dataclasses
 import re
 
+import jax
 import pytest
 
 from ares_jax import plan
+from ares_jax.errors import UserError
 from ares_jax.flops import model_flops
 from ares_jax.models.qwen2_5_vl.config import PUBLISHED
 from ares_jax.parallel import aot
@@ -140,3 +142,11 @@ def test_a_search_compiles_the_best_of_its_estimates():
     assert compiled[:2] == ["v6e:2x2", "4"] and compiled[2:8] == best[:6]  # mesh, rows and remat of the best estimate
     low, high = map(int, re.match(r"(\d+)%-(\d+)%", compiled[-1]).groups())
     assert 0 < low <= high < 100 and float(compiled[-2]) > 0
+
+
+@pytest.mark.parametrize("name", ["kernel", "paged_attention"])
+def test_a_sampler_that_could_not_run_is_refused_as_the_engine_refuses_it(name):
+    config = qwen2_5_vl.aepo("3b")
+    config.sampler[name] = "cuda"
+    with pytest.raises(UserError, match=f"sampler.{name}='cuda': give .* or '' for the default"):
+        aot.sampler_programs(config, PUBLISHED["3b"], jax.devices())
