@@ -1,7 +1,7 @@
 """The learner's form: log-probability of given tokens and entropy of their distributions, without the logits.
 
 The backward pass is written by hand: with p the softmax of z, dz = g_lp (1[target] - p) - g_H p (log p + H), then divided
-by the temperature. What it keeps of the forward pass is a row's log-sum-exp and entropy; z is computed again.
+by the temperature. What it keeps of the forward pass is a row's entropy and log-sum-exp, in two parts; z is computed again.
 """
 
 import functools
@@ -59,16 +59,16 @@ def _statistics(hidden, lm_head, targets, banned, temperature, name, interpret, 
 
 def _forward(hidden, lm_head, targets, banned, temperature, name, interpret, chunk):
     forward = _passes(name, interpret, chunk)[0]
-    log_prob, entropy, log_normalizer = forward(hidden, lm_head, targets, banned, temperature)
-    return (log_prob, entropy), (hidden, lm_head, targets, banned, log_normalizer, entropy)
+    log_prob, *sums = forward(hidden, lm_head, targets, banned, temperature)
+    return (log_prob, sums[0]), (hidden, lm_head, targets, banned, *sums)
 
 
 def _backward(temperature, name, interpret, chunk, residuals, cotangents):
-    hidden, lm_head, targets, banned, log_normalizer, entropy = residuals
+    hidden, lm_head, targets, banned, *sums = residuals
     g_log_prob, g_entropy = cotangents
     if banned is not None:
         g_log_prob = jnp.where(banned[targets], 0.0, g_log_prob)
-    rows = jnp.stack([log_normalizer, entropy, g_log_prob, g_entropy])
+    rows = jnp.stack([*sums, g_log_prob, g_entropy])
     backward = _passes(name, interpret, chunk)[1]
     return *backward(hidden, lm_head, targets, banned, temperature, rows), None, None
 

@@ -30,8 +30,11 @@ def forward(
     temperature: float,
     *,
     interpret: bool = False,
-) -> tuple[Float[Array, "N"], Float[Array, "N"], Float[Array, "N"]]:
-    """Returns log-probability, entropy and log-sum-exp. A D that is no multiple of 16 costs a padded copy of the head."""
+) -> tuple[Float[Array, "N"], ...]:
+    """Returns log-probability, entropy, the largest logit, and the log of the sum of exponentials less it.
+
+    A D that is no multiple of 16 costs a padded copy of the head.
+    """
     count, odd = len(hidden), -hidden.shape[1] % 16
     if odd:
         hidden, lm_head = (jnp.pad(x, ((0, 0), (0, odd))) for x in (hidden, lm_head))
@@ -59,7 +62,7 @@ def forward(
     top, total, moment, logit = (x[:count] for x in results)
     log_total = jnp.log(total)
     logit = jnp.where(logit > LOWEST, logit, -jnp.inf)  # of a banned target
-    return logit - top - log_total, log_total - moment / total, top + log_total
+    return logit - top - log_total, log_total - moment / total, top, log_total
 
 
 def _forward(

@@ -30,8 +30,8 @@ def forward(
     temperature: float,
     *,
     interpret: bool = False,
-) -> tuple[Float[Array, "N"], Float[Array, "N"], Float[Array, "N"]]:
-    """Returns log-probability, entropy and log-sum-exp."""
+) -> tuple[Float[Array, "N"], ...]:
+    """Returns log-probability, entropy, the largest logit, and the log of the sum of exponentials less it."""
     operands, size = _operands(hidden, lm_head, targets, banned)
     padded = operands[0].shape[0]
     results = pl.pallas_call(
@@ -45,7 +45,7 @@ def forward(
     top, total, moment, logit = (x[0, : hidden.shape[0]] for x in results)
     log_total = jnp.log(total)
     logit = jnp.where(logit > LOWEST, logit, -jnp.inf)  # of a banned target
-    return logit - top - log_total, log_total - moment / total, top + log_total
+    return logit - top - log_total, log_total - moment / total, top, log_total
 
 
 def backward(
@@ -54,11 +54,11 @@ def backward(
     targets: Int[Array, "N"],
     banned: Bool[Array, "V"] | None,
     temperature: float,
-    rows: Float[Array, "4 N"],
+    rows: Float[Array, "5 N"],
     *,
     interpret: bool = False,
 ) -> tuple[Float[Array, "N D"], Float[Array, "V D"]]:
-    """Returns the gradients. `rows`: log-sum-exp, entropy, and the gradients of log-probability and entropy."""
+    """Returns the gradients. `rows`: the last three of `forward`, and the gradients of the first two."""
     width = hidden.shape[1]
     operands, size = _operands(hidden, lm_head, targets, banned, rows)
     padded = operands[0].shape[0]
@@ -68,7 +68,7 @@ def backward(
         return pl.pallas_call(
             functools.partial(kernel, temperature=temperature),
             grid=grid,
-            in_specs=[*_specs(width, size, **order), pl.BlockSpec((4, size), lambda *at: (0, at[order["token"]]))],
+            in_specs=[*_specs(width, size, **order), pl.BlockSpec((5, size), lambda *at: (0, at[order["token"]]))],
             out_specs=pl.BlockSpec((block, width), lambda i, j: (i, 0)),
             out_shape=result,
             scratch_shapes=[pltpu.VMEM((block, width), jnp.float32)],
@@ -174,8 +174,8 @@ def _forward(
 def _d_logits(hidden_ref, head_ref, allowed_ref, target_ref, rows_ref, tile, temperature):
     """Returns a tile's ids [T, 1] and the gradient of its products [T, R]."""
     ids, allowed, logits = _logits(hidden_ref, head_ref, allowed_ref, tile, temperature)
-    normalizer, entropy, g_log_prob, g_entropy = (rows_ref[i : i + 1] for i in range(4))
-    log_p = logits - normalizer
+    entropy, top, log_total, g_log_prob, g_entropy = (rows_ref[i : i + 1] for i in range(5))
+    log_p = logits - top - log_total
     p = jnp.where(allowed, jnp.exp(log_p), 0.0)
     surprise = jnp.where(p > 0, log_p, 0.0) + entropy
     d_logits = g_log_prob * (jnp.where(ids == target_ref[...], 1.0, 0.0) - p) - g_entropy * p * surprise

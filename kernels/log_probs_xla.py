@@ -25,8 +25,8 @@ def forward(
     temperature: float,
     *,
     chunk: int,
-) -> tuple[Float[Array, "N"], Float[Array, "N"], Float[Array, "N"]]:
-    """Returns log-probability, entropy and log-sum-exp."""
+) -> tuple[Float[Array, "N"], ...]:
+    """Returns log-probability, entropy, the largest logit, and the log of the sum of exponentials less it."""
 
     def step(_, piece):
         h, target = piece
@@ -38,11 +38,10 @@ def forward(
         log_total = jnp.log(total)
         moment = jnp.sum(jnp.where(weights > 0, weights * shifted, 0.0), axis=1)
         log_prob = jnp.take_along_axis(shifted, target[:, None], axis=1)[:, 0] - log_total
-        return None, (log_prob, log_total - moment / total, top[:, 0] + log_total)
+        return None, (log_prob, log_total - moment / total, top[:, 0], log_total)
 
     _, results = jax.lax.scan(step, None, _pieces((hidden, targets), chunk))
-    log_prob, entropy, log_normalizer = (x.reshape(-1)[: len(hidden)] for x in results)
-    return log_prob, entropy, log_normalizer
+    return tuple(x.reshape(-1)[: len(hidden)] for x in results)
 
 
 def backward(
@@ -51,16 +50,16 @@ def backward(
     targets: Int[Array, "N"],
     banned: Bool[Array, "V"] | None,
     temperature: float,
-    rows: Float[Array, "4 N"],
+    rows: Float[Array, "5 N"],
     *,
     chunk: int,
 ) -> tuple[Float[Array, "N D"], Float[Array, "V D"]]:
-    """Returns the gradients. `rows`: log-sum-exp, entropy, and the gradients of log-probability and entropy."""
+    """Returns the gradients. `rows`: the last three of `forward`, and the gradients of the first two."""
     ids = jnp.arange(lm_head.shape[0])
 
     def step(d_head, piece):
-        h, target, normalizer, entropy, g_lp, g_h = piece
-        log_p = token_logits(h, lm_head, temperature, banned) - normalizer[:, None]
+        h, target, entropy, top, log_total, g_lp, g_h = piece
+        log_p = token_logits(h, lm_head, temperature, banned) - top[:, None] - log_total[:, None]
         p = jnp.exp(log_p)
         surprise = jnp.where(p > 0, log_p, 0.0) + entropy[:, None]
         d_logits = g_lp[:, None] * ((ids == target[:, None]) - p) - g_h[:, None] * p * surprise

@@ -87,14 +87,15 @@ def sample_with_entropy(
         if axis_name:
             found = _merge(found, axis_name)
         log_total = jnp.log(found.total)
-        log_normalizer, entropy = found.top + log_total, log_total - found.moment / found.total
+        entropy = log_total - found.moment / found.total
         kept = found.logit > state.floor[:, None]
         if not full:
             kept &= _inside(found, above, top_p, top_k, module.AT_ONCE, axis_name)
         first = jnp.argmax(kept, axis=1)[:, None]
         token = jnp.take_along_axis(found.token, first, axis=1)[:, 0]
-        log_prob = jnp.take_along_axis(found.logit, first, axis=1)[:, 0] - log_normalizer
-        defined = jnp.isfinite(log_normalizer)  # else no draw would ever be inside
+        # The largest logit is taken off first: their difference is exact, where a sum of 1e4 and 1 is rounded to 1e-3.
+        log_prob = jnp.take_along_axis(found.logit, first, axis=1)[:, 0] - found.top - log_total
+        defined = jnp.isfinite(found.top + log_total)  # else no draw would ever be inside
         here = state.pending & (kept.any(axis=1) | ~defined)
         return _Draw(
             state.attempt + 1,

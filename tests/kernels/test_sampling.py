@@ -116,6 +116,26 @@ def test_extreme_logits(implementation):
     np.testing.assert_allclose(entropy, [0, np.log(8), np.log(7)], atol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "tpu_interpret", "gpu_interpret"])
+def test_extreme_logits_in_any_tile(implementation):
+    """Sums are carried over tiles of 512 whose largest logits lie 2e4 apart, either way, and over a tile that is banned."""
+    tile = np.arange(1300) // 512
+    rows = [1e4 * (np.arange(1300) == i) for i in (0, 511, 512, 1299)]  # one spike
+    rows += [1e4 * (tile - 1.0), 1e4 * (1.0 - tile), -1e4 * (tile == 1), 1e4 * (tile == 1)]
+    rows += [np.full(1300, 1e4), np.full(1300, -1e4), 1e4 * (np.arange(1300) % 2) - 5e3, 40.0 * np.cos(np.arange(1300))]
+    logits = np.stack(rows).astype(np.float32)
+    for banned in (tile == 3, tile == 1, tile != 2):
+        token, log_prob, entropy = sample_with_entropy(
+            jnp.eye(len(rows)), jnp.array(logits.T), jax.random.key(3), temperature=1.0, top_k=0, top_p=0.99,
+            banned=jnp.array(banned), implementation=implementation,
+        )  # fmt: skip
+        log_p, h = exact(np.eye(len(rows)), logits.T, 1.0, banned)
+        expected = log_p[np.arange(len(rows)), token]
+        assert not banned[np.asarray(token)].any() and (expected > np.log(1e-5)).all()
+        np.testing.assert_allclose(log_prob, expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(entropy, h, rtol=1e-5, atol=1e-5)
+
+
 def test_rows_have_their_own_settings_and_keys():
     hidden, head = random_case(4, 16, 50)
     keys = jax.random.split(jax.random.key(3), 4)
