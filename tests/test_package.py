@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import os
 import re
 import shlex
 import shutil
@@ -130,6 +131,22 @@ def test_help_is_grouped(arguments, texts):
     line = [sys.executable, "-m", "ares_jax", *arguments]
     result = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0 and all(text in result.stdout for text in texts), result.stderr
+
+
+def test_commands_alone_do_without_pytorch_where_it_is(tmp_path):
+    """transformers imports it wherever it is: half of a command's start-up, and 300 MB. Who imports ares_jax keeps it."""
+
+    def imports(*line):
+        line = [sys.executable, "-X", "importtime", *line]
+        result = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        assert result.returncode == 0, result.stderr[-500:]
+        return re.findall(r"\| +(torch\.nn|transformers)$", result.stderr, re.MULTILINE)
+
+    script = tmp_path / "ares-jax"
+    script.write_text("from ares_jax.__main__ import main; main()")
+    for command in (["-m", "ares_jax.serve"], ["-Bm", "ares_jax", "serve"], [script, "serve"]):
+        assert imports(*command, "--version") == ["transformers"]
+    assert set(imports("-c", "import ares_jax.serve")) == {"torch.nn", "transformers"}
 
 
 def defined(path):
