@@ -11,14 +11,21 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would tell
 
 
 def _is_command() -> bool:
-    """Returns whether this process is one of our commands, or a worker that one has started."""
+    """Returns whether Python was started as one of our commands."""
     program = sys.argv[0] if sys.argv else ""
-    if program == "-m":  # its module is being looked for
-        pairs = itertools.pairwise(sys.orig_argv)
-        return any(option.endswith("m") and name.partition(".")[0] == __name__ for option, name in pairs)
-    return Path(program).name.startswith("ares-jax") or Path(program).is_relative_to(Path(__file__).parent)
+    if program != "-m":  # else the module is being looked for
+        return Path(program).name == "ares-jax"
+    pairs = itertools.pairwise(sys.orig_argv)
+    return any(option.endswith("m") and name.partition(".")[0] == __name__ for option, name in pairs)
 
 
-# transformers imports PyTorch wherever it finds it, which none of our commands uses: half of their start-up, and 300 MB.
+def show_torch() -> None:
+    """Ends what is said below: a command calls it once its own imports are over."""
+    if "torch" in sys.modules and sys.modules["torch"] is None:
+        del sys.modules["torch"]
+
+
+# transformers and tensorboardX import PyTorch wherever they find it, which no command uses: half of a start-up, and 300 MB.
+# So while a command's modules are imported there is none. No longer: SciPy uses what it finds in `sys.modules`.
 if _is_command():
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ import jax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from ares_jax import __version__
+from ares_jax import __version__, show_torch
 from ares_jax.config import to_plain
 from ares_jax.errors import Preempted, UserError
 from ares_jax.flag_help import flag_help
@@ -48,6 +48,7 @@ def run(
       processes: of a cluster "together" make one run; "each" is for itself; or the "first" does it, and the others end. A
         function says it once flags are parsed.
     """
+    show_torch()
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(flag_help(sys.modules["__main__"]))
         return

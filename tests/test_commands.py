@@ -42,9 +42,10 @@ def test_a_sampler_that_is_not_there(tmp_path):
     flags = [
         "--config.sampler.url=http://127.0.0.1:9",
         "--config.sampler.start_timeout=0.2",
-        "--config.cold_start.warmup_steps=1",
+        "--config.cold_start.alignment_steps=0",
+        "--config.cold_start.warmup_steps=0",
     ]
-    result = run("ares_jax.cold_start", CONFIG, f"--workdir={tmp_path}", *flags, "--config.cold_start.alignment_steps=1")
+    result = run("ares_jax.cold_start", CONFIG, f"--workdir={tmp_path}", *flags)
     assert result.returncode == 2 and "cannot be reached" in result.stderr
 
 
