@@ -12,7 +12,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from ares_jax.checkpoints.checksums import checksums
 from ares_jax.checkpoints.folders import reason
-from ares_jax.checkpoints.orbax_params import layer_axes
+from ares_jax.checkpoints.orbax_params import save_arguments
 from ares_jax.errors import UserError
 
 BEST_METRIC = "score"
@@ -61,7 +61,7 @@ class Checkpoints:
         self, step: int, params: Mapping[str, jax.Array], optimizer: Any, extra: Any, *, score: float | None = None
     ) -> None:
         """Starts saving `step`; `score` (higher is better) makes it a candidate for the best one."""
-        chunks = {name: ocp.SaveArgs(shard_axes=layer_axes(name, value.ndim)) for name, value in params.items()}
+        chunks = {name: save_arguments(name, value.ndim) for name, value in params.items()}
         parts = ocp.args.Composite(
             params=ocp.args.StandardSave(dict(params), chunks),
             optimizer=ocp.args.StandardSave(optimizer),

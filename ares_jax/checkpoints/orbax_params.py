@@ -34,7 +34,7 @@ from ares_jax.models.qwen2_5_vl.model import abstract_model
 from ares_jax.parallel.sharding import param_shardings
 
 PARAMS = "params"
-_CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = 16 * 2**20  # at most: a chunk is read, and decompressed, whole
 
 
 class OrbaxParams(Weights):
@@ -71,10 +71,13 @@ class OrbaxParams(Weights):
         super().__init__(str(folder), config, entries, (described or {}).get("index_metadata"))
 
     def read(self, name: str) -> np.ndarray:
+        return self.read_as(name, self.entries[name].dtype)
+
+    def read_as(self, name: str, dtype: np.dtype) -> np.ndarray:
         slot = self.slots[name]
         store = self._stores[slot.ours]
-        value = np.empty(slot.shape, self.entries[name].dtype)
-        ours = slot.to_ours(value)  # a view: filled chunk by chunk, it needs no second copy
+        value = np.empty(slot.shape, dtype)
+        ours = slot.to_ours(value)  # a view: filled and rounded chunk by chunk, it needs no second copy
         try:
             for block, part in _parts(store if slot.layer is None else store[slot.layer]):
                 ours[block] = self._merged(slot, block, part.read().result())
@@ -134,10 +137,7 @@ def write_orbax(weights: Weights, folder: epath.Path) -> None:
     """Writes `params` and then `huggingface.json` into `folder`. In memory: a few tensors."""
     errors: list[BaseException] = []
     leaves = _leaves(weights, errors)
-    save_args = {
-        name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=layer_axes(name, len(leaf.shape)))
-        for name, leaf in leaves.items()
-    }
+    save_args = {name: save_arguments(name, len(leaf.shape)) for name, leaf in leaves.items()}
     with ThreadPoolExecutor(WORKERS) as pool, ThreadPoolExecutor(1) as saver:
         arrays = (jax.Array, ocp.type_handlers.ArrayHandler())  # unused, but Orbax warns without it
         registry = ocp.type_handlers.create_type_handler_registry((_Streamed, _StreamHandler(pool)), arrays)
@@ -159,9 +159,9 @@ def write_orbax(weights: Weights, folder: epath.Path) -> None:
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
 
 
-def layer_axes(name: str, rank: int) -> tuple[int, ...]:
-    """Returns the axes along which every index gets a chunk of its own, so that one layer can be read without the others."""
-    return (0,) if ".layers." in name and rank > 2 else ()
+def save_arguments(name: str, rank: int) -> ocp.SaveArgs:
+    """Returns how a parameter is stored: in small chunks, none of two layers, so that one can be read without the others."""
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if ".layers." in name and rank > 2 else ())
 
 
 @dataclass(frozen=True)

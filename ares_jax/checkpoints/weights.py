@@ -94,6 +94,10 @@ class Weights(ABC):
     def read(self, name: str) -> np.ndarray:
         """Returns a tensor, contiguous, as `entries[name]` describes it. Raises `UserError` if it is damaged."""
 
+    def read_as(self, name: str, dtype: np.dtype) -> np.ndarray:
+        """Returns a tensor in another type, as `read` does."""
+        return self.read(name).astype(dtype, copy=False)
+
 
 class ModelWeights(Weights):
     """The weights of a model in memory."""
@@ -124,4 +128,4 @@ class Cast(Weights):
         return self._weights.budget()
 
     def read(self, name: str) -> np.ndarray:
-        return self._weights.read(name).astype(self.dtype, copy=False)
+        return self._weights.read_as(name, self.dtype)
