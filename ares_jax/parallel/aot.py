@@ -318,10 +318,19 @@ def without_code(
             raise RuntimeError(f"the compiler of {topology} died with {child.exitcode}")
         resident = pickle.loads((Path(folder) / "resident").read_bytes())
     plan, text = written
-    sizes = re.findall(r"^allocation \d+: size (\d+), (?!color)(.*):$", plan, re.MULTILINE)
-    temporary = sum(int(size) for size, kind in sizes if "preallocated-temp" in kind)
-    new = sum(int(size) for size, kind in sizes if "maybe-live-out" in kind and "parameter" not in kind)
-    return Compiled(resident, temporary, new, 0, work(text), time.time() - begin, "")
+    sizes = _allocations(plan)
+    new = sum(size for size, kind in sizes if "maybe-live-out" in kind and "parameter" not in kind)
+    return Compiled(resident, _temporary(sizes), new, 0, work(text), time.time() - begin, "")
+
+
+def _allocations(plan: str) -> list[tuple[int, str]]:
+    """Returns the bytes and the kinds of what the compiler's plan puts into HBM: other memories have a colour."""
+    found = re.findall(r"^allocation \d+: size (\d+), (?!color)(.*):$", plan, re.MULTILINE)
+    return [(int(size), kind) for size, kind in found]
+
+
+def _temporary(allocations: list[tuple[int, str]]) -> int:
+    return sum(size for size, kind in allocations if "preallocated-temp" in kind)
 
 
 def _compile_in(folder: str, config: ConfigDict, shape: Qwen25VLConfig, topology: str, stage: str, name: str) -> None:
@@ -364,8 +373,10 @@ def compile_lowered(lowered: jax.stages.Lowered, resident: dict[str, int]) -> Co
             return Compiled(resident, 0, 0, 0, Work(), time.time() - begin, "", reason)
         seconds = time.time() - begin
         written = max(Path(folder).glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size)
-        done = work(written.read_text())
+        done, temporary = work(written.read_text()), memory.temp_size_in_bytes
+        if list(Path(folder).glob("*tpu_comp_env.txt")):
+            # libtpu 0.0.42.1 says 35.5 GiB of a program (7B on v5p:4x4x8) for which its plan has a buffer of 23.0.
+            plan = written.with_name(written.name.replace(".txt", "-buffer-assignment.txt"))
+            temporary = _temporary(_allocations(plan.read_text()))
     new = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
-    return Compiled(
-        resident, memory.temp_size_in_bytes, new, memory.host_temp_size_in_bytes, done, seconds, lowered.as_text()
-    )
+    return Compiled(resident, temporary, new, memory.host_temp_size_in_bytes, done, seconds, lowered.as_text())
