@@ -370,9 +370,7 @@ def report(config: ConfigDict, shape: Qwen25VLConfig, name: str, response: int) 
             yield iteration(config, bounds, aot.host_count(devices), response)
 
 
-def colocated(
-    config: ConfigDict, learner: dict[str, Compiled], sampler: dict[str, Compiled], chip: Chip, piece: int
-) -> str:
+def colocated(config: ConfigDict, learner: dict[str, Compiled], sampler: dict[str, Compiled], chip: Chip, piece: int) -> str:
     """Returns what a chip takes that learner and sampler share (`sampler.colocated`), and what to do if it has less.
 
     With `aepo.staleness` they work at the same time; and while weights are handed over, in pieces of at most `piece` bytes,

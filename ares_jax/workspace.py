@@ -199,9 +199,7 @@ class Workspace:
             )
         resolved = Path(__file__).parents[1] / "configs" / "resolved.py"
         arguments = [f"--config={resolved}:{self.folder / 'config.json'}", f"--workdir={self.folder}"]
-        with start_sampler(
-            arguments, folder=self.folder, timeout=s.start_timeout, drain_seconds=s.drain_seconds
-        ) as process:
+        with start_sampler(arguments, folder=self.folder, timeout=s.start_timeout, drain_seconds=s.drain_seconds) as process:
             yield RolloutClient([process.url], patience=s.start_timeout)
 
     def push(self, client: Sampler, params: Params, version: int) -> None:

@@ -48,6 +48,8 @@ _NEW = flags.DEFINE_integer("new", 256, "with --large: tokens that each sequence
 _TINY = Qwen25VLConfig(
     TextConfig(4096, 256, 512, 2, 4, 2, (8, 12, 12)), VisionConfig(32, 48, 2, 2, (1,)), 100, 101, 102, 103
 )
+
+
 class _Sizes(NamedTuple):
     """Tokens of the prompt, the response and the row of an update; sequences and tokens of a prompt of the rollouts."""
 

@@ -65,9 +65,7 @@ def forward(
     return logit - top - log_total, log_total - moment / total, top, log_total
 
 
-def _forward(
-    hidden_ref, head_ref, allowed_ref, target_ref, top_ref, total_ref, moment_ref, logit_ref, *, temperature
-):
+def _forward(hidden_ref, head_ref, allowed_ref, target_ref, top_ref, total_ref, moment_ref, logit_ref, *, temperature):
     (rows, width), vocabulary = hidden_ref.shape, len(head_ref)
     depth = math.gcd(width, DEPTH)
     target = target_ref[...]

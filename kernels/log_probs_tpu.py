@@ -116,9 +116,7 @@ def _options(name, operands, *, products, passes, interpret):
     hidden, head = operands[:2]
     (tokens, width), vocabulary = hidden.shape, len(head)
     return dict(
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=100 * 2**20
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=100 * 2**20),
         cost_estimate=pl.CostEstimate(
             flops=2 * products * tokens * vocabulary * width,
             bytes_accessed=passes * head.nbytes + hidden.nbytes,
@@ -144,9 +142,7 @@ def _product(a, b, of_a: int, of_b: int):
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32, precision=precision(a))
 
 
-def _forward(
-    hidden_ref, head_ref, allowed_ref, target_ref, top_ref, total_ref, moment_ref, logit_ref, *, temperature
-):
+def _forward(hidden_ref, head_ref, allowed_ref, target_ref, top_ref, total_ref, moment_ref, logit_ref, *, temperature):
     tile = pl.program_id(1)
 
     @pl.when(tile == 0)
@@ -182,9 +178,7 @@ def _d_logits(hidden_ref, head_ref, allowed_ref, target_ref, rows_ref, tile, tem
     return ids, (d_logits / temperature).astype(hidden_ref.dtype)
 
 
-def _d_hidden(
-    hidden_ref, head_ref, allowed_ref, target_ref, rows_ref, out_ref, sum_ref, *, temperature, vocabulary
-):
+def _d_hidden(hidden_ref, head_ref, allowed_ref, target_ref, rows_ref, out_ref, sum_ref, *, temperature, vocabulary):
     tile = pl.program_id(1)
     ids, d_logits = _d_logits(hidden_ref, head_ref, allowed_ref, target_ref, rows_ref, tile, temperature)
     head = jnp.where(ids < vocabulary, head_ref[...], 0).astype(d_logits.dtype)  # 0 times a NaN beyond the end is NaN
@@ -192,9 +186,7 @@ def _d_hidden(
 
 
 def _d_head(hidden_ref, head_ref, allowed_ref, target_ref, rows_ref, out_ref, sum_ref, *, temperature):
-    _, d_logits = _d_logits(
-        hidden_ref, head_ref, allowed_ref, target_ref, rows_ref, pl.program_id(0), temperature
-    )
+    _, d_logits = _d_logits(hidden_ref, head_ref, allowed_ref, target_ref, rows_ref, pl.program_id(0), temperature)
     _add(sum_ref, out_ref, _product(d_logits, hidden_ref[...], 1, 0))
 
 

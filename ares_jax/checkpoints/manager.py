@@ -39,7 +39,9 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=policy, best_fn=_score, enable_async_checkpointing=True,
+                    preservation_policy=policy,
+                    best_fn=_score,
+                    enable_async_checkpointing=True,
                     async_options=ocp.AsyncOptions(timeout_secs=LONGEST_SAVE),
                 ),  # fmt: skip
             )

@@ -32,6 +32,4 @@ def explained(error: BaseException, folder: Path, who: str = "") -> UserError:
     except (OSError, RuntimeError):  # nothing may hide the first error
         profile = ""
     reason = str(error).strip().splitlines()[0][:200]
-    return UserError(
-        f"out of device memory ({reason}){profile}. {ADVICE}"
-    )
+    return UserError(f"out of device memory ({reason}){profile}. {ADVICE}")

@@ -266,9 +266,7 @@ def _moved(i: _Instruction, scope: dict[str, _Instruction]) -> float:
     return _hbm(i.shape) + sum(_hbm(scope[name].shape) for name in i.operands if name in scope)
 
 
-def _collective(
-    i: _Instruction, scope: dict[str, _Instruction], total: Work, devices: int, scattered: bool = False
-) -> None:
+def _collective(i: _Instruction, scope: dict[str, _Instruction], total: Work, devices: int, scattered: bool = False) -> None:
     kind = i.opcode.removesuffix("-start")
     if kind not in _COLLECTIVES:
         return

@@ -331,9 +331,7 @@ class _Sampler:
                 time.sleep(_LOOK)
             raise
 
-    def _offer(
-        self, flat: Mapping[str, np.ndarray], address: str, options: Mapping[str, Any]
-    ) -> httpx.Response | None:
+    def _offer(self, flat: Mapping[str, np.ndarray], address: str, options: Mapping[str, Any]) -> httpx.Response | None:
         """Has the sampler fetch them from `address`, as it knows this host. None: they cannot be offered there, or it could
         not fetch them, as through a proxy or a firewall; it says so, once, and is not asked again."""
         self._fetches = False

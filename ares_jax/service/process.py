@@ -40,9 +40,7 @@ class SamplerProcess:
         self.stop(drain=error is None)
 
 
-def start_sampler(
-    arguments: Sequence[str], *, folder: Path, timeout: float, drain_seconds: float = 0.0
-) -> SamplerProcess:
+def start_sampler(arguments: Sequence[str], *, folder: Path, timeout: float, drain_seconds: float = 0.0) -> SamplerProcess:
     """Runs `python -m ares_jax.serve` and returns once it answers; its output goes to `folder/sampler.log`.
 
     `drain_seconds`: those that its config gives it to end.

@@ -124,9 +124,7 @@ class Worker:
         """Returns shape, type and placement of every parameter."""
         return self._engine.weight_specs()
 
-    def load_weights(
-        self, flat: Mapping[str, Any], version: int, *, finish: bool = False, force: bool = False
-    ) -> Future:
+    def load_weights(self, flat: Mapping[str, Any], version: int, *, finish: bool = False, force: bool = False) -> Future:
         """Returns a future that is done once the engine draws with the new weights; it fails if they do not fit.
 
         What was begun goes on with them, or, with `finish`, ends with the old ones before anything else begins. The future

@@ -86,9 +86,7 @@ def test_values_against_float64(implementation, count, vocabulary, dtype, tolera
     hidden = (0.4 * jax.random.normal(keys[0], (count, 24))).astype(dtype)
     head = jax.random.normal(keys[1], (vocabulary, 24)).astype(dtype)
     targets = jax.random.randint(keys[2], (count,), 0, vocabulary)
-    got = token_log_probs_and_entropy(
-        hidden, head, targets, temperature=0.7, chunk=16, implementation=implementation
-    )
+    got = token_log_probs_and_entropy(hidden, head, targets, temperature=0.7, chunk=16, implementation=implementation)
     for value, expected in zip(got, exact(hidden, head, targets, 0.7), strict=True):
         np.testing.assert_allclose(value, expected, rtol=tolerance)
 

@@ -258,8 +258,10 @@ class Scheduler(RuleBasedStateMachine):
                 shared = (prompt + leaf.start - 1) // PAGE_SIZE  # full ones before the token that it feeds again
                 assert leaf.pages[:shared] == source[:shared]
             held = {page for pages in group.page_lists() for page in pages}
-            assert len(held) == group.pages_held(PAGE_SIZE) <= self.engine.options.group_pages(
-                prompt, group.request.group_size, group.request.max_new_tokens
+            assert (
+                len(held)
+                == group.pages_held(PAGE_SIZE)
+                <= self.engine.options.group_pages(prompt, group.request.group_size, group.request.max_new_tokens)
             )
 
     def teardown(self):
