@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels.logits import precision, token_logits
+from kernels.logits import finished, precision, products, token_logits
+from kernels.rows import each_row
 
 LOGITS = 1024 * 151_936  # at most held at one time, however large the vocabulary
 CHUNK = 1024  # tokens at most
@@ -28,17 +29,20 @@ def forward(
 ) -> tuple[Float[Array, "N"], ...]:
     """Returns log-probability, entropy, the largest logit, and the log of the sum of exponentials less it."""
 
-    def step(_, piece):
-        h, target = piece
-        logits = token_logits(h, lm_head, temperature, banned)
-        top = jnp.max(logits, axis=1, keepdims=True)
+    def of_row(row):
+        raw, target = row
+        logits = finished(raw, temperature, banned)
+        top = jnp.max(logits)
         shifted = logits - top
         weights = jnp.exp(shifted)
-        total = jnp.sum(weights, axis=1)
+        total = jnp.sum(weights)
         log_total = jnp.log(total)
-        moment = jnp.sum(jnp.where(weights > 0, weights * shifted, 0.0), axis=1)
-        log_prob = jnp.take_along_axis(shifted, target[:, None], axis=1)[:, 0] - log_total
-        return None, (log_prob, log_total - moment / total, top[:, 0], log_total)
+        moment = jnp.sum(jnp.where(weights > 0, weights * shifted, 0.0))
+        return shifted[target] - log_total, log_total - moment / total, top, log_total
+
+    def step(_, piece):
+        h, target = piece
+        return None, each_row(of_row, (products(h, lm_head), target))
 
     _, results = jax.lax.scan(step, None, _pieces((hidden, targets), chunk))
     return tuple(x.reshape(-1)[: len(hidden)] for x in results)

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from kernels.logits import token_logits
+from kernels.logits import finished, products
 from kernels.noise import gumbel, threefry
+from kernels.rows import each_row
 
 CANDIDATES = 4
 LOWEST = -3.0e38  # stands for -inf where -inf - -inf would be NaN
@@ -49,54 +50,62 @@ def look(
     `noise` is 1 to sample and 0 to take the most likely; `first_id` is the token that the head's first row stands for.
     The sums are over all tokens.
     """
-    logits = token_logits(hidden, lm_head, temperature[:, None], banned)
-    top = jnp.maximum(jnp.max(logits, axis=1), LOWEST)
-    shifted = logits - top[:, None]
-    weights = jnp.exp(shifted)
-    moment = jnp.sum(jnp.where(weights > 0, weights * shifted, 0.0), axis=1)  # a banned token has -inf * 0
-    ids = first_id.astype(jnp.uint32) + jnp.arange(logits.shape[1], dtype=jnp.uint32)[None]
-    bits = threefry(words[:, :1], words[:, 1:], ids, jnp.broadcast_to(attempt.astype(jnp.uint32), ids.shape))
-    perturbed = jnp.where(logits > floor[:, None], logits + noise[:, None] * gumbel(bits), -jnp.inf)
-    places = min(CANDIDATES, logits.shape[1])
-    token = jax.lax.platform_dependent(
-        perturbed,
-        tpu=partial(_largest_without_sorting, places=places),
-        cpu=partial(_largest_in_tiles, places=places),
-        default=partial(_largest, places=places),
-    )
-    token = jnp.pad(token, ((0, 0), (0, CANDIDATES - places)), mode="edge")
+    raw = products(hidden, lm_head)
+    width = raw.shape[1]
+    places = min(CANDIDATES, width)
+    ids = first_id.astype(jnp.uint32) + jnp.arange(width, dtype=jnp.uint32)
+
+    def look_at(row) -> Partial:
+        raw, temperature, words, noise, floor = row
+        logits = finished(raw, temperature, banned)
+        top = jnp.maximum(jnp.max(logits), LOWEST)
+        shifted = logits - top
+        weights = jnp.exp(shifted)
+        moment = jnp.sum(jnp.where(weights > 0, weights * shifted, 0.0))  # a banned token has -inf * 0
+        bits = threefry(words[0], words[1], ids, jnp.broadcast_to(attempt.astype(jnp.uint32), ids.shape))
+        perturbed = jnp.where(logits > floor, logits + noise * gumbel(bits), -jnp.inf)
+        token = jax.lax.platform_dependent(
+            perturbed,
+            tpu=partial(_largest_without_sorting, places=places),
+            cpu=partial(_largest_in_tiles, places=places),
+            default=partial(_largest, places=places),
+        )
+        token = jnp.pad(token, (0, CANDIDATES - places), mode="edge")
+        return Partial(token + first_id, logits[token], perturbed[token], top, jnp.sum(weights), moment)
+
+    def rank(row) -> tuple[Float[Array, "C"], Int[Array, "C"]]:
+        raw, temperature, thresholds, over = row
+        logits = finished(raw, temperature, banned)
+        greater = logits > thresholds[:, None]
+        mass = jnp.sum(jnp.where(greater, jnp.exp(logits - over), 0.0), axis=1)
+        return mass, jnp.sum(greater, axis=1, dtype=jnp.int32)
 
     def above(thresholds, over):
-        greater = logits[:, None] > thresholds[:, :, None]
-        mass = jnp.sum(jnp.where(greater, weights[:, None], 0.0), axis=2)
-        return mass * jnp.exp(top - over)[:, None], jnp.sum(greater, axis=2, dtype=jnp.int32)
+        return each_row(rank, (raw, temperature, thresholds, over))
 
-    logit, best = (jnp.take_along_axis(x, token, axis=1) for x in (logits, perturbed))
-    return Partial(token + first_id, logit, best, top, jnp.sum(weights, axis=1), moment), above
+    return each_row(look_at, (raw, temperature, words, noise, floor)), above
 
 
-def _largest(values: Float[Array, "B V"], places: int) -> Int[Array, "B C"]:
+def _largest(values: Float[Array, "V"], places: int) -> Int[Array, "C"]:
     return jax.lax.top_k(values, places)[1]
 
 
-def _largest_in_tiles(values: Float[Array, "B V"], places: int) -> Int[Array, "B C"]:
+def _largest_in_tiles(values: Float[Array, "V"], places: int) -> Int[Array, "C"]:
     # On CPUs top_k is one thread that takes eight times as long as maxima, and the largest values lie in the tiles with
     # the largest maxima. The barrier: fused with the noise it looks at, a maximum becomes a loop that is not vectorised.
-    rows, vocabulary = values.shape
-    padded = jnp.pad(values, ((0, 0), (0, -vocabulary % TILE)), constant_values=-jnp.inf)
-    values = jax.lax.optimization_barrier(padded)
-    maxima = values.reshape(rows, -1, TILE).max(axis=2)
-    best = jnp.sort(_largest(maxima, min(places, maxima.shape[1])), axis=1)  # in order: the first of equals stays first
-    ids = (best[:, :, None] * TILE + jnp.arange(TILE, dtype=jnp.int32)).reshape(rows, -1)
-    picked = _largest(jnp.take_along_axis(values, ids, axis=1), places)
-    return jnp.take_along_axis(ids, picked, axis=1)
+    padded = jnp.pad(values, (0, -len(values) % TILE), constant_values=-jnp.inf)
+    tiles = jax.lax.optimization_barrier(padded).reshape(-1, TILE)
+    maxima = tiles.max(axis=1)
+    best = jnp.sort(_largest(maxima, min(places, len(maxima))))  # in order: the first of equals stays first
+    ids = (best[:, None] * TILE + jnp.arange(TILE, dtype=jnp.int32)).reshape(-1)
+    return ids[_largest(tiles[best].reshape(-1), places)]
 
 
-def _largest_without_sorting(values: Float[Array, "B V"], places: int) -> Int[Array, "B C"]:
+def _largest_without_sorting(values: Float[Array, "V"], places: int) -> Int[Array, "C"]:
     # For TPUs top_k is a sort of the whole vocabulary, which takes the compiler two minutes.
-    ids = jnp.arange(values.shape[1], dtype=jnp.int32)
+    ids = jnp.arange(len(values), dtype=jnp.int32)
     picked = []
     for _ in range(places):
-        picked.append(jnp.argmax(values, axis=1).astype(jnp.int32)[:, None])
+        picked.append(jnp.argmax(values).astype(jnp.int32))
         values = jnp.where(ids == picked[-1], -jnp.inf, values)
-    return jnp.concatenate(picked, axis=1)
+    return jnp.stack(picked)

@@ -146,7 +146,7 @@ REMAT: dict[str, Any] = {
 }
 
 
-SHALLOW = 4  # layers that are compiled one by one where all is kept
+SHALLOW = 16  # layers that are compiled one by one where all is kept
 
 
 def scan_layers(layer: Callable[[Any, Any], tuple[Any, Any]], carry: Any, stacked: Any, *, remat: str) -> tuple[Any, Any]:

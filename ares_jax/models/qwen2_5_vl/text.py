@@ -20,7 +20,7 @@ from ares_jax.models.qwen2_5_vl.layers import (
     scan_layers,
 )
 from ares_jax.models.qwen2_5_vl.paged import append_and_attend, copied_heads, keys_and_values
-from ares_jax.models.qwen2_5_vl.rotary import mrope_angles, rotate
+from ares_jax.models.qwen2_5_vl.rotary import mrope_angles, rotate, turns
 from ares_jax.parallel.sharding import constrain
 
 _ACTIVATION = ("rows", "tokens", "width")
@@ -72,11 +72,11 @@ class TextDecoder(nnx.Module):
         leaf_spans: Int[Array, "B 2 T"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Returns the normalised hidden states."""
-        angles = self._angles(positions)
+        turned = turns(self._angles(positions))
 
         def layer(x, p):
             p = self._cast(p)
-            query, key, value = self._project(x, p, angles)
+            query, key, value = self._project(x, p, turned)
             return self._finish(x, self_attention(query, key, value, segment_ids, leaf_spans, causal=True), p), None
 
         x, _ = scan_layers(layer, x, self._stacked(), remat=self.remat)
@@ -105,12 +105,13 @@ class TextDecoder(nnx.Module):
             angles = jax.lax.dynamic_slice_in_dim(angles, start, x.shape[1], axis=1)
             size = kv_pages.shape[2]
             written = jax.lax.dynamic_slice_in_dim(pages, start // size, x.shape[1] // size, axis=1)
+        turned = turns(angles)
 
         def layer(carry, stacked):
             x, kv_pages = carry
             p, index = stacked
             p = self._cast(p)
-            query, key, value = self._project(x, p, angles)
+            query, key, value = self._project(x, p, turned)
             kv = copied_heads(_interleave(key, value), kv_pages.shape[3] // 2)
             paged = kv.reshape(-1, *kv_pages.shape[2:]).astype(kv_pages.dtype)
             kv_pages = kv_pages.at[index, written.reshape(-1)].set(paged)
@@ -121,8 +122,9 @@ class TextDecoder(nnx.Module):
         if layers is None:
             stacked = self._stacked(), jnp.arange(self.config.num_layers)
             return run_layers(layer, (x, kv_pages), stacked, first, count)
-        own = jax.tree.map(lambda *slices: jnp.stack(slices), *layers)
-        return run_layers(layer, (x, kv_pages), (own, first + jnp.arange(count)), 0, count)
+        for offset, p in enumerate(layers):
+            x, kv_pages = layer((x, kv_pages), (p, first + offset))
+        return x, kv_pages
 
     def _finish(
         self, x: Float[Array, "B T D"], mixed: Float[Array, "B T N H"], p: dict[str, jax.Array]
@@ -147,14 +149,14 @@ class TextDecoder(nnx.Module):
         they multiply with it, which makes a step half as long again. `x_by_output` [F, D] may stand for `x_kernel` [D, F].
         """
         rows = x.shape[0]
-        angles = self._angles(jnp.broadcast_to(positions[:, None, None], (rows, 3, 1)))
+        turned = turns(self._angles(jnp.broadcast_to(positions[:, None, None], (rows, 3, 1))))
 
         # The cache is carried whole and written in place: as scanned input and output it would be copied at every step.
         def layer(carry, stacked):
             x, pages = carry
             p, index = stacked
             p = self._cast(p)
-            query, key, value = self._project(x[:, None], p, angles)
+            query, key, value = self._project(x[:, None], p, turned)
             mixed, pages = append_and_attend(
                 query[:, 0], _interleave(key, value)[:, 0], pages, index, page_table, lengths, attention
             )
@@ -179,11 +181,11 @@ class TextDecoder(nnx.Module):
         return jax.tree.map(lambda a: a.astype(self.dtype), p)
 
     @jax.named_scope("project")
-    def _project(self, x, p, angles):
+    def _project(self, x, p, turned):
         c = self.config
         h = rms_norm(x, p["norm1"], c.rms_norm_eps)
         query, key, value = (self._linear(h, p, name).reshape(*h.shape[:-1], -1, c.head_dim) for name in "qkv")
-        return rotate(query, angles), rotate(key, angles), value
+        return rotate(query, turned), rotate(key, turned), value
 
     @jax.named_scope("mlp")
     def _mlp(self, x, p):

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from ares_jax.models.qwen2_5_vl.attention import self_attention
 from ares_jax.models.qwen2_5_vl.config import VisionConfig
 from ares_jax.models.qwen2_5_vl.layers import Initializer, linear, matmul, rms_norm, run_layers, scan_layers
-from ares_jax.models.qwen2_5_vl.rotary import rotate, vision_angles
+from ares_jax.models.qwen2_5_vl.rotary import rotate, turns, vision_angles
 from ares_jax.parallel.sharding import constrain
 
 _EPS = 1e-6
@@ -79,14 +79,14 @@ class VisionTower(nnx.Module):
     def _layer(self, inputs: VisionInputs):
         c = self.config
         rows, count = inputs.frame_ids.shape
-        angles = vision_angles(inputs.position_hw, head_dim=c.head_dim)
+        turned = turns(vision_angles(inputs.position_hw, head_dim=c.head_dim))
 
         def layer(x, stacked):
             p, full = stacked
             p = jax.tree.map(lambda a: a.astype(self.dtype), p)
             h = rms_norm(x, p["norm1"], _EPS)
             qkv = linear(h, p["qkv_kernel"], p["qkv_bias"]).reshape(rows, count, 3, c.num_heads, c.head_dim)
-            query, key = rotate(qkv[:, :, 0], angles), rotate(qkv[:, :, 1], angles)
+            query, key = rotate(qkv[:, :, 0], turned), rotate(qkv[:, :, 1], turned)
             groups = jnp.where(full, inputs.frame_ids, inputs.window_ids)
             mixed = self_attention(query, key, qkv[:, :, 2], groups, causal=False)
             x = x + linear(mixed.reshape(x.shape), p["out_kernel"], p["out_bias"])
