@@ -133,7 +133,8 @@ class Programs:
         self._text_parts = [Part(False, *part) for part in _divided(c.text.num_layers, prefill_layers)]
         self._tower_parts = [Part(True, *part) for part in _divided(c.vision.num_layers, prefill_layers)]
         self.see = jax.jit(partial(_see, model), static_argnames=("count", "end"))
-        self.fill = jax.jit(partial(_fill, model), static_argnames=("begin", "count", "tokens"), donate_argnames="kv_pages")
+        static = ("begin", "end", "count", "tokens")
+        self.fill = jax.jit(partial(_fill, model), static_argnames=static, donate_argnames="kv_pages")
         self.copy_pages = jax.jit(_copy_pages, donate_argnums=0)
         self.read_pages = jax.jit(_read_pages)
         self.write_pages = jax.jit(_write_pages, donate_argnums=0)
@@ -175,8 +176,8 @@ class Programs:
             if _LAYERS in params:
                 own = {**params, _LAYERS: params[_LAYERS][some.first : some.first + some.layers]}
             kv_pages, hidden = self.fill(
-                own, kv_pages, hidden, prompts, np.int32(some.first), start, begin=some.first == 0, count=some.layers,
-                tokens=part.tokens,
+                own, kv_pages, hidden, prompts, np.int32(some.first), start, begin=some.first == 0,
+                end=some.first + some.layers == self._layers, count=some.layers, tokens=part.tokens,
             )  # fmt: skip
         return kv_pages, x if part.tokens else hidden  # the next tokens, too, take what the vision tower gave
 
@@ -216,15 +217,19 @@ def _fill(
     start: Int[Array, ""] | None,
     *,
     begin: bool,
+    end: bool,
     count: int,
     tokens: int,
-) -> tuple[Float[Array, "L N S 2K H"], Float[Array, "B T D"]]:
-    """`begin`: x are the features that the vision tower gave, or None for text alone. `start`: of `tokens` from there on."""
+) -> tuple[Float[Array, "L N S 2K H"], Float[Array, "B T D"] | None]:
+    """`begin`: x are the features that the vision tower gave, or None for text alone. `start`: of `tokens` from there on.
+
+    `end`: the model's last layer is among them; nothing comes after.
+    """
     model, layers = _whole(model, params)
     if begin:
         x = model.embed(prompts.tokens, x, start, tokens)
     x, kv_pages = model.text.prefill(
-        x, prompts.positions, prompts.segment_ids, kv_pages, prompts.pages, first, count, layers, start
+        x, prompts.positions, prompts.segment_ids, kv_pages, prompts.pages, first, count, layers, start, end
     )  # fmt: skip
     return _placed(kv_pages), x
 

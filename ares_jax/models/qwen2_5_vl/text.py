@@ -94,11 +94,13 @@ class TextDecoder(nnx.Module):
         count: int,
         layers: Sequence[dict[str, jax.Array]] | None = None,
         start: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B Q D"], Float[Array, "L N S 2C H"]]:
+        end: bool = False,
+    ) -> tuple[Float[Array, "B Q D"] | None, Float[Array, "L N S 2C H"]]:
         """Runs `count` layers from layer `first` on, and writes their keys and values into `pages` (0: not needed).
 
         `layers`: those `count` layers, cut as for `decode`. `start`: x are whole pages of Q tokens from there on; those
-        before are in the pages already. Without it x is all of the rows.
+        before are in the pages already. Without it x is all of the rows. `end`: the model's last layer is among them, of
+        which nothing but keys and values is needed; x is None.
         """
         angles, written = self._angles(positions), pages
         if start is not None:
@@ -119,12 +121,17 @@ class TextDecoder(nnx.Module):
                 key, value = keys_and_values(kv_pages, index, pages, start + x.shape[1])
             return self._finish(x, self_attention(query, key, value, segment_ids, causal=True, start=start), p), kv_pages
 
+        carry = x, kv_pages
         if layers is None:
             stacked = self._stacked(), jnp.arange(self.config.num_layers)
-            return run_layers(layer, (x, kv_pages), stacked, first, count)
-        for offset, p in enumerate(layers):
-            x, kv_pages = layer((x, kv_pages), (p, first + offset))
-        return x, kv_pages
+            carry = run_layers(layer, carry, stacked, first, count - end)
+            if end:  # out of the loop, so that the compiler leaves out what is not returned
+                carry = run_layers(layer, carry, stacked, first + count - 1, 1)
+        else:
+            for offset, p in enumerate(layers):
+                carry = layer(carry, (p, first + offset))
+        x, kv_pages = carry
+        return None if end else x, kv_pages
 
     def _finish(
         self, x: Float[Array, "B T D"], mixed: Float[Array, "B T N H"], p: dict[str, jax.Array]
