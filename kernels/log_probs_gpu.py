@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels.logits import precision
+from kernels.logits import precision, statistics
 from kernels.sampling_xla import LOWEST
 
 TILE = 128  # vocabulary entries a step
@@ -60,9 +60,7 @@ def forward(
         name="token_log_probs",
     )(hidden, lm_head, allowed, targets)
     top, total, moment, logit = (x[:count] for x in results)
-    log_total = jnp.log(total)
-    logit = jnp.where(logit > LOWEST, logit, -jnp.inf)  # of a banned target
-    return logit - top - log_total, log_total - moment / total, top, log_total
+    return statistics(top, total, moment, jnp.where(logit > LOWEST, logit, -jnp.inf))  # -inf: a banned target's
 
 
 def _forward(hidden_ref, head_ref, allowed_ref, target_ref, top_ref, total_ref, moment_ref, logit_ref, *, temperature):

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels.logits import precision
+from kernels.logits import precision, statistics
 from kernels.sampling_xla import LOWEST
 
 TILE = 512  # vocabulary entries a step
@@ -43,9 +43,7 @@ def forward(
         **_options("token_log_probs", operands, products=1, passes=padded // size, interpret=interpret),
     )(*operands)
     top, total, moment, logit = (x[0, : hidden.shape[0]] for x in results)
-    log_total = jnp.log(total)
-    logit = jnp.where(logit > LOWEST, logit, -jnp.inf)  # of a banned target
-    return logit - top - log_total, log_total - moment / total, top, log_total
+    return statistics(top, total, moment, jnp.where(logit > LOWEST, logit, -jnp.inf))  # -inf: a banned target's
 
 
 def backward(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels.logits import finished, precision, products, token_logits
+from kernels.logits import finished, precision, products, statistics, token_logits
 from kernels.rows import each_row
 
 LOGITS = 1024 * 151_936  # at most held at one time, however large the vocabulary
@@ -35,10 +35,8 @@ def forward(
         top = jnp.max(logits)
         shifted = logits - top
         weights = jnp.exp(shifted)
-        total = jnp.sum(weights)
-        log_total = jnp.log(total)
         moment = jnp.sum(jnp.where(weights > 0, weights * shifted, 0.0))
-        return shifted[target] - log_total, log_total - moment / total, top, log_total
+        return statistics(top, jnp.sum(weights), moment, logits[target])
 
     def step(_, piece):
         h, target = piece

@@ -38,3 +38,14 @@ def finished(
     """Returns the logits that `products` become."""
     logits = products / temperature
     return logits if banned is None else jnp.where(banned, -jnp.inf, logits)
+
+
+def statistics(
+    top: Float[Array, "..."], total: Float[Array, "..."], moment: Float[Array, "..."], logit: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], ...]:
+    """Returns log-probability, entropy, the largest logit, and the log of the sum of exponentials less it.
+
+    `total`, `moment`: the sums of exp(z - top) and (z - top) exp(z - top) over the tokens; `logit`: the target's.
+    """
+    log_total = jnp.log(total)
+    return logit - top - log_total, log_total - moment / total, top, log_total
