@@ -27,7 +27,7 @@ def vision_angles(position_hw: Int[Array, "... P 2"], *, head_dim: int) -> Float
 def turns(angles: Float[Array, "... T F"]) -> Float[Array, "2 ... T F"]:
     """Returns cosines and sines, to be made once for all layers and heads.
 
-    Without the barrier XLA makes them again wherever they are used: a tenth of a decoding step on CPUs.
+    Without the barrier XLA makes them again in every layer: 7 of 249 ms of a decoding step of 64 rows on a CPU.
     """
     return jax.lax.optimization_barrier(jnp.stack([jnp.cos(angles), jnp.sin(angles)]))
 
