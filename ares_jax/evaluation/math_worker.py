@@ -25,6 +25,7 @@ def main(cpu_seconds: float, memory_bytes: int) -> None:
     sys.set_int_max_str_digits(100_000)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # a process that loaded libtpu ignores it, and its children inherit that
     answers = sys.stdout
     sys.stdout = sys.stderr  # a library that prints must not answer
     print("ready", file=answers, flush=True)

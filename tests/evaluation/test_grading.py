@@ -1,5 +1,6 @@
 """Hard cases of grading, each (answer in the box, reference, verdict); whole responses, hostile ones, threads, speed."""
 
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -157,6 +158,17 @@ def test_an_answer_that_hangs_algebra_is_wrong_in_time_and_the_next_is_graded(bo
     assert not is_correct(rf"\boxed{{{bomb}}}", "1")  # known by now
     assert time.monotonic() - begin < 30  # 2 s of CPU, on a busy machine
     assert is_correct(r"\boxed{u+v}", "v+u")
+
+
+def test_a_bomb_ends_also_where_the_process_that_asks_ignores_the_signal_of_the_limit(monkeypatch):
+    monkeypatch.setattr(verifier, "CPU_SECONDS", 0.5)
+    before = signal.signal(signal.SIGPROF, signal.SIG_IGN)  # as libtpu leaves it
+    worker = verifier._Worker()
+    try:
+        assert not worker.ask("9^{9^{9^{9}}}", "1")
+    finally:
+        signal.signal(signal.SIGPROF, before)
+        worker.stop()
 
 
 def test_a_dead_worker_costs_nothing_but_its_pair(monkeypatch):
