@@ -7,7 +7,7 @@ BIN := .venv/bin
 RUN := $(BIN)/python -m
 ARGS := --config=$(CONFIG) --workdir=$(WORKDIR)
 
-.PHONY: demo test ablation clean
+.PHONY: demo test test-all ablation clean
 
 # Large arrays on huge pages (Linux): a training step on a CPU takes an eighth less time.
 demo ablation: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
@@ -19,10 +19,13 @@ demo: .venv/.installed  ## cold start, AEPO, evaluation, export, report: the who
 	$(RUN) ares_jax.convert $(ARGS)
 	$(RUN) ares_jax.report $(ARGS)
 
-test: .venv/.installed-test  ## lint, types, tests
+test: .venv/.installed-test  ## lint, types, tests; docs/testing.md
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(RUN) pytest -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+	$(RUN) pytest -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(PYTEST)
+
+test-all: export ARES_TESTS = all
+test-all: test  ## the slow tests too, and programs compiled as users have them (an hour)
 
 ablation: .venv/.installed  ## the table of the paper's ablation, 3 seeds a row (hours)
 	$(RUN) benchmarks.ablation $(ARGS)

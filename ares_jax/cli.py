@@ -155,7 +155,8 @@ def prepare_jax(workdir: Path) -> None:
     """Turns the compilation cache on: a second command, or a resumed one, starts in seconds."""
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(workdir.absolute() / "compilation_cache"))
     jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def save_config(config: ConfigDict, workdir: Path) -> None:

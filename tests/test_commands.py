@@ -1,22 +1,21 @@
 """Bad input on the command line: one clear line, exit code 2, nothing half-written."""
 
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ares_jax.checkpoints.manager import Checkpoints
+from tests.warm_python import warm_python
+from tests.xla import environment
 
 CONFIG = "--config=configs/digits_cpu.py"
 
 
 def run(*arguments):
-    environment = {**os.environ, "XLA_FLAGS": ""}
-    return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, env=environment)
+    return subprocess.run([warm_python(), "-m", *arguments], capture_output=True, text=True, env=environment())
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,8 @@ from configs import digits_cpu
 from data_pipeline.errors import DataError
 from data_pipeline.tokenizer import save_processors
 from tests import digits
+from tests.warm_python import warm_python
+from tests.xla import environment
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 WINDOW = 4
@@ -315,9 +317,8 @@ def test_colours_follow_entropy_and_end_with_the_line():
 
 
 def command(*arguments, stdin="", cache="/nonexistent"):
-    environment = {**os.environ, "XLA_FLAGS": "", "XDG_CACHE_HOME": str(cache)}
-    line = [sys.executable, "-m", "ares_jax.infer", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, env=environment, input=stdin)
+    line = [warm_python(), "-m", "ares_jax.infer", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, env=environment(XDG_CACHE_HOME=str(cache)), input=stdin)
 
 
 def test_the_command(folder, tmp_path):

@@ -1,16 +1,26 @@
 """A Python that has the libraries imported already: each command is a fork of it, seconds sooner than a new interpreter.
 
-`python -m tests.docs.warm_python SOCKET PARENT` waits for commands and ends with its parent; `stand_in` writes the program
-that is typed as `python`.
+`python -m tests.warm_python SOCKET PARENT` waits for commands and ends with its parent. `stand_in` writes a program that
+is started in place of `python`; `warm_python()` is the path of one. What a command is given is its own: arguments, folder,
+environment, files, signals, exit code. But JAX and transformers read their environment variables when they are imported,
+which was before: a command with others of those needs `sys.executable`.
 """
 
+import atexit
+import contextlib
+import functools
 import importlib
 import json
 import os
 import runpy
+import select
+import shutil
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 from ares_jax.service.process import die_with
@@ -30,11 +40,47 @@ server.connect({address!r})
 request = json.dumps([{first!r} + sys.argv[1:], os.getcwd(), dict(os.environ)])
 socket.send_fds(server, [request.encode()], [0, 1, 2])
 command = int(server.recv(64))
+with open("/proc/self/comm", "w") as name:
+    name.write(str(command))
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, frame: os.kill(command, number))
 code = int(server.recv(64))
-sys.exit(code if code >= 0 else 128 - code)
+if code < 0:  # ended by a signal
+    if -code in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(-code, signal.SIG_DFL)
+    os.kill(os.getpid(), -code)
+sys.exit(code)
 """
+
+
+@functools.cache
+def warm_address() -> Path:
+    """Starts a warm Python for this process, and returns the socket at which it waits for commands."""
+    folder = Path(tempfile.mkdtemp(prefix="ares_warm_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    address = folder / "socket"
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    line = [sys.executable, "-m", "tests.warm_python", str(address), str(os.getpid())]
+    process = subprocess.Popen(line, cwd=Path(__file__).parents[1], env=environment)
+    while not address.exists():
+        assert process.poll() is None, "no warm Python"
+        time.sleep(0.02)
+    return address
+
+
+@functools.cache
+def warm_python() -> str:
+    """Returns the path of a program to start in place of `sys.executable`."""
+    file = warm_address().with_name("python")
+    stand_in(file, warm_address())
+    return str(file)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL to the command of a stand-in, which then ends the same way; returns when both are gone."""
+    command = Path(f"/proc/{process.pid}/comm").read_text().strip()
+    os.kill(int(command) if command.isdigit() else process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def stand_in(file: Path, address: Path, *first: str) -> None:
@@ -61,9 +107,9 @@ def next_command(address: str) -> list[str]:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         request, files, *_ = socket.recv_fds(asker, 1 << 20, 3)
         if command := os.fork():
-            asker.send(str(command).encode())
-            asker.send(str(os.waitstatus_to_exitcode(os.waitpid(command, 0)[1])).encode())
-            os._exit(0)
+            for file in files:
+                os.close(file)
+            _attend(asker, command)
         die_with(os.getppid())
         asker.close()
         for number, file in enumerate(files):
@@ -76,6 +122,19 @@ def next_command(address: str) -> list[str]:
         return arguments
 
 
+def _attend(asker: socket.socket, command: int) -> None:
+    """Tells the stand-in its command's number and exit code; kills the command if the stand-in is killed."""
+    with contextlib.suppress(OSError):
+        asker.send(str(command).encode())
+    ended = os.pidfd_open(command)
+    if ended not in select.select([asker, ended], [], [])[0]:
+        os.kill(command, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(command, 0)[1])
+    with contextlib.suppress(OSError):
+        asker.send(str(code).encode())
+    os._exit(0)
+
+
 if __name__ == "__main__":
     die_with(int(sys.argv[2]))
     for name in LIBRARIES:
@@ -84,6 +143,9 @@ if __name__ == "__main__":
     if first == "-m":
         sys.argv = rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif first == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        exec(rest[0], {"__name__": "__main__"})
     else:
         sys.argv = [first, *rest]
         runpy.run_path(first, run_name="__main__")

@@ -4,14 +4,14 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from tests.docs.warm_python import stand_in
+from tests.warm_python import stand_in, warm_address
+from tests.xla import environment
 
 ROOT = Path(__file__).parents[2]
 _TINY = """import runpy
@@ -55,7 +55,7 @@ class Sandbox:
             for path in (ROOT / "configs").glob(pattern):
                 (folder / "configs" / path.name).write_text(_TINY.format(path=str(path), sections=sections, changes=changes))
         self._models_and_data()
-        address = folder / "python.socket"
+        address = warm_address()
         stand_in(folder / "bin" / "python", address)
         stand_in(folder / ".venv" / "bin" / "ares-jax", address, "-m", "ares_jax")
         (folder / ".venv" / "bin" / "python").symlink_to(folder / "bin" / "python")
@@ -65,12 +65,10 @@ class Sandbox:
             (folder / "bin" / name).write_text(text)
             (folder / "bin" / name).chmod(0o755)
         self._environment = {
-            **os.environ, "XLA_FLAGS": "", "PATH": f"{folder / 'bin'}:/usr/bin:/bin", "ROOT": str(folder),
+            **environment(), "PATH": f"{folder / 'bin'}:/usr/bin:/bin", "ROOT": str(folder),
             "XDG_CACHE_HOME": str(folder / "cache"),
         }  # fmt: skip
         self._started: list[subprocess.Popen] = []
-        self.start([sys.executable, "-m", "tests.docs.warm_python", str(address), str(os.getpid())], cwd=ROOT)
-        self.wait_for(address.exists, 60)
 
     def _models_and_data(self) -> None:
         for name in ("models", "data", "mnt/ares"):
@@ -86,11 +84,11 @@ class Sandbox:
             (self.folder / "data" / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
         (self.folder / "questions.txt").write_text("Add the digits.\nMultiply the digits.\n")
 
-    def start(self, command: list[str], cwd: Path | None = None) -> subprocess.Popen:
+    def start(self, command: list[str]) -> subprocess.Popen:
         """Starts a process that `close` ends, with all that it started."""
         with (self.folder / "background.log").open("ab") as log:
             process = subprocess.Popen(
-                command, cwd=cwd or self.folder, env=self._environment, stdout=log, stderr=log, start_new_session=True
+                command, cwd=self.folder, env=self._environment, stdout=log, stderr=log, start_new_session=True
             )
         self._started.append(process)
         return process
@@ -112,7 +110,7 @@ class Sandbox:
         )  # fmt: skip
 
     def close(self) -> None:
-        for process in reversed(self._started):  # Python last
+        for process in self._started:
             os.killpg(process.pid, signal.SIGTERM)
             try:
                 process.wait(20)

@@ -3,7 +3,6 @@
 import json
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -22,6 +21,7 @@ from ares_jax.service import endpoint
 from tests.cold_start import fake
 from tests.evaluation import published_layouts
 from tests.evaluation.images import png
+from tests.warm_python import warm_python
 
 RIGHT, WRONG = r"<think>a</think>\boxed{1}", r"<think>a</think>\boxed{2}"
 
@@ -179,7 +179,7 @@ def test_a_killed_evaluation_asks_for_nothing_twice(tmp_path):
     server = fake.Fake(right, delay=0.05)
     with fake.serving(server) as url:
         command = [
-            sys.executable, "-m", "ares_jax.evaluate", "--model-name", "m", "--openai_base_url", url + "/v1",
+            warm_python(), "-m", "ares_jax.evaluate", "--model-name", "m", "--openai_base_url", url + "/v1",
             "--datasets=math_500", f"--dataset-dir={tmp_path}", "--output-dir", str(tmp_path / "out"), "--eval-threads=2",
             "--openai-api-key=k",
         ]  # fmt: skip

@@ -1,9 +1,7 @@
 """The harness drives our own service: a checkpoint's, started by the command, asked by a hundred threads."""
 
 import json
-import os
 import subprocess
-import sys
 
 import pytest
 
@@ -15,10 +13,12 @@ from ares_jax.metrics import read_jsonl
 from configs.digits_cpu import get_config
 from data_pipeline.tokenizer import save_processors
 from tests import digits
+from tests.warm_python import warm_python
+from tests.xla import environment
 
 
 def evaluated(command, results):
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""})
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(results.read_text())
 
@@ -33,7 +33,7 @@ def test_a_local_checkpoint_is_asked_by_a_hundred_threads_and_none_is_lost(tmp_p
     (run / "checkpoints").mkdir(parents=True)  # no stage is trained: random weights
     (run / "config.json").write_text(json.dumps(to_plain(config)))
     command = [
-        sys.executable, "-m", "ares_jax.evaluate", f"--checkpoint={run}", "--datasets=digits", "--system-prompt=",
+        warm_python(), "-m", "ares_jax.evaluate", f"--checkpoint={run}", "--datasets=digits", "--system-prompt=",
         "--max-tokens=8", "--eval-threads=100", "--limit=120", f"--output-dir={tmp_path}",
     ]  # fmt: skip
     metrics = evaluated(command, tmp_path / "run___digits.json")["metrics"]
@@ -48,7 +48,7 @@ def test_a_published_folder_is_asked_with_its_own_pixels_and_new_weights_anew(tm
     save_processors(folder, digits.encoder().tokenizer, digits.encoder().image_processor)
     save_hf(digits.model(), folder)
     command = [
-        sys.executable, "-m", "ares_jax.evaluate", f"--checkpoint={folder}", "--datasets=digits", "--system-prompt=",
+        warm_python(), "-m", "ares_jax.evaluate", f"--checkpoint={folder}", "--datasets=digits", "--system-prompt=",
         "--max-tokens=4", "--limit=3", "--min-pixels=0", "--temperature=0", f"--output-dir={tmp_path}",
     ]  # fmt: skip
     result = evaluated(command, tmp_path / "published___digits.json")

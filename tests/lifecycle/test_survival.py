@@ -29,13 +29,14 @@ from ares_jax.parallel.micro_batch import check_rows
 from ares_jax.sampling.everyone import Everyone
 from ares_jax.training import make_optimizer
 from configs.qwen2_5_vl_7b_aepo import get_config
+from tests.warm_python import warm_python
+from tests.xla import environment
 
 
 def started(folder, *arguments, devices=1):
-    line = [sys.executable, "-m", "tests.lifecycle.loop", "--config=configs/digits_cpu.py", f"--workdir={folder}"]
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    line = [warm_python(), "-m", "tests.lifecycle.loop", "--config=configs/digits_cpu.py", f"--workdir={folder}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([*line, *arguments], env=environment, **pipes)
+    return subprocess.Popen([*line, *arguments], env=environment(devices), **pipes)
 
 
 def pair(folder, *arguments):

@@ -1,9 +1,7 @@
 """What a cluster says of its processes, and what each command makes of it: real processes with its variables."""
 
-import os
 import socket
 import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -12,11 +10,15 @@ from absl import flags
 from jax._src.clusters import cloud_tpu_cluster
 
 from ares_jax.parallel import distributed
+from tests.warm_python import warm_python
+from tests.xla import environment
 
 _JOIN = """
 import sys
 from absl import flags
 from ares_jax.parallel import distributed
+from tests.warm_python import warm_python
+from tests.xla import environment
 flags.FLAGS(sys.argv)
 distributed.initialize()
 import jax
@@ -29,8 +31,9 @@ SLURM = {
 
 
 def run(*arguments, **variables):
-    environment = {**os.environ, "XLA_FLAGS": "", **variables}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=120)
+    return subprocess.run(
+        [warm_python(), *arguments], capture_output=True, text=True, env=environment(**variables), timeout=120
+    )
 
 
 def test_a_process_a_node_has_all_gpus_of_its_node():

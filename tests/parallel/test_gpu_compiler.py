@@ -18,6 +18,7 @@ from ares_jax.parallel.chips import BETWEEN_HOSTS, GPUS, chip_of
 from ares_jax.plan import kernel_flops, row_flops, table
 from configs import qwen2_5_vl
 from kernels import sample_with_entropy, token_log_probs_and_entropy, window_means
+from tests.xla import slow
 
 compiler = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None, reason="pip install --no-deps -r requirements-gpu-compiler.txt"
@@ -54,7 +55,7 @@ def test_gpus_of_several_hosts():
 @compiler
 @pytest.mark.parametrize(
     "kind, rows, width, dtype",
-    [("h200", 64, 3584, jnp.bfloat16), ("a100", 8, 2048, jnp.float32), ("b200", 8, 2048, jnp.bfloat16)],
+    [("h200", 64, 3584, jnp.bfloat16), slow("a100", 8, 2048, jnp.float32), slow("b200", 8, 2048, jnp.bfloat16)],
 )
 def test_the_sampling_kernel_is_compiled_and_makes_no_logits(kind, rows, width, dtype):
     (device,) = aot.topology_devices(f"{kind}:1")

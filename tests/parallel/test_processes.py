@@ -1,12 +1,10 @@
 """A run of two processes with 4 devices each is the run of one process with 8: real processes, gloo between them."""
 
 import json
-import os
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -15,6 +13,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from ares_jax.metrics import read_jsonl
+from tests.warm_python import warm_python
+from tests.xla import environment
 
 FLAGS = {
     "model.text.hidden_size": 32, "model.text.intermediate_size": 48, "model.text.num_layers": 2,
@@ -32,19 +32,15 @@ FLAGS = {
     "aepo.overlong_buffer": 16,
 }  # fmt: skip
 
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # to compile, not to run
-
 
 def start(log, folder, devices, module, *flags):
     """Starts one process of a run; its output goes to `log`."""
-    line = [sys.executable, "-m", module, "--config=configs/digits_cpu.py", f"--workdir={folder}"]
+    line = [warm_python(), "-m", module, "--config=configs/digits_cpu.py", f"--workdir={folder}"]
     line += [f"--config.{name}={value}" for name, value in FLAGS.items()]
     if module == "ares_jax.report":  # of the run alone
-        line = [sys.executable, "-m", module, f"--workdir={folder}"]
-    options = f"--xla_force_host_platform_device_count={devices} {QUICK}"
-    environment = {**os.environ, "XLA_FLAGS": options}
+        line = [warm_python(), "-m", module, f"--workdir={folder}"]
     with log.open("w") as output:
-        return subprocess.Popen([*line, *flags], env=environment, stdout=output, stderr=subprocess.STDOUT)
+        return subprocess.Popen([*line, *flags], env=environment(devices), stdout=output, stderr=subprocess.STDOUT)
 
 
 def finish(processes, logs):
@@ -88,10 +84,9 @@ def runs(tmp_path_factory):
     stopped = both(two, "ares_jax.cold_start", lambda log: "cold_start: pass rates" in log.read_text())
     assert all("stopped: all that was done is on disk" in output for output in stopped)
     assert (two / "stopped").exists() and not read_jsonl(two / "cold_start" / "pass_rates.jsonl")
-    both(two, "ares_jax.cold_start")
-    shutil.copytree(two, folder / "parts")
-    for command in ("train", "evaluate", "convert", "report"):
-        both(two, f"ares_jax.{command}")
+    both(two, "tests.parallel.pipeline")
+    shutil.copytree(two, folder / "parts", ignore=shutil.ignore_patterns("aepo", "evaluation", "export"))
+    both(two, "ares_jax.report")
     alone(folder / "one", "tests.parallel.pipeline")
     return folder
 

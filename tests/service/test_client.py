@@ -1,7 +1,6 @@
 """The client over samplers that are away, die, come back, or are slow."""
 
 import http.server
-import signal
 import socket
 import threading
 import time
@@ -16,6 +15,7 @@ from ares_jax.service.client import RolloutClient
 from ares_jax.service.server import Limits
 from tests.service import fake
 from tests.service.test_server import start
+from tests.warm_python import kill
 
 DEAD = "http://127.0.0.1:9"
 
@@ -111,8 +111,7 @@ def test_a_sampler_killed_and_restarted_gets_its_weights_back(tmp_path):
     def on_group(index, group):
         seen.append(index)
         if len(seen) == 10:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            kill(process)
             again.append(start(tmp_path, delay=0.01, port=int(url.rsplit(":", 1)[1]))[0])
 
     try:
@@ -141,8 +140,7 @@ def test_one_of_two_samplers_dies_and_works_again_when_it_is_back(tmp_path):
     def on_group(index, group):
         seen.append(index)
         if len(seen) == 100:
-            processes[0].send_signal(signal.SIGKILL)
-            processes[0].wait()
+            kill(processes[0])
         if len(seen) == 250:  # the other one has worked alone for some time
             again.append(start(folders[0], delay=0.02, port=int(urls[0].rsplit(":", 1)[1]))[0])
 

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 
@@ -21,6 +20,7 @@ from ares_jax.service.chat_routes import ChatLimits
 from ares_jax.service.protocol import encode_request
 from ares_jax.service.server import Limits
 from tests.service import fake
+from tests.warm_python import warm_python
 
 _SERVER = """
 import sys
@@ -40,7 +40,7 @@ run_server(lambda: FakeEngine(delay=float(sys.argv[3]), slots=1), host=sys.argv[
 def start(folder, *, host="127.0.0.1", port=0, delay=0.0, token="", drain=30.0, chats=False):
     ready = folder / "ready.json"
     ready.unlink(missing_ok=True)
-    command = [sys.executable, "-c", _SERVER, host, str(ready), str(delay), str(port), str(drain)]
+    command = [warm_python(), "-c", _SERVER, host, str(ready), str(delay), str(port), str(drain)]
     command += ["chats"] * chats
     process = subprocess.Popen(command, env={**os.environ, "ARES_TOKEN": token})
     assert fake.until(lambda: ready.exists() or process.poll() is not None, 300)
@@ -204,7 +204,7 @@ def test_metrics_are_what_prometheus_reads():
 
 def test_sigterm_while_the_weights_are_read_ends_it_in_peace(tmp_path):
     code = _SERVER.replace("FakeEngine(delay=float(sys.argv[3]), slots=1)", "print('loads', flush=True) or time.sleep(60)")
-    command = [sys.executable, "-c", f"import time\n{code}", "127.0.0.1", str(tmp_path / "ready.json"), "0", "0", "30"]
+    command = [warm_python(), "-c", f"import time\n{code}", "127.0.0.1", str(tmp_path / "ready.json"), "0", "0", "30"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "loads\n"
         process.send_signal(signal.SIGTERM)

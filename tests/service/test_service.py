@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
-import sys
 import time
 
 import httpx
@@ -19,6 +17,7 @@ from ares_jax.sampling.requests import rollout_request
 from ares_jax.service.client import RolloutClient
 from ares_jax.service.protocol import decode_group, encode_group, encode_request
 from tests import digits
+from tests.warm_python import kill, warm_python
 
 _SERVER = """
 import sys
@@ -37,7 +36,7 @@ except UserError as error:
 def start(folder, *, host="127.0.0.1", port=0, token=""):
     ready = folder / "ready.json"
     ready.unlink(missing_ok=True)
-    command = [sys.executable, "-c", _SERVER, host, str(port), str(ready)]
+    command = [warm_python(), "-c", _SERVER, host, str(port), str(ready)]
     process = subprocess.Popen(command, env={**os.environ, "ARES_TOKEN": token}, stderr=subprocess.PIPE, text=True)
     while not ready.exists() and process.poll() is None:
         time.sleep(0.05)
@@ -122,7 +121,7 @@ def test_a_token_is_asked_for(tmp_path):
         assert httpx.get(f"{url}/v1/models").status_code == 401
         assert httpx.get(f"{url}/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
     finally:
-        process.kill()
+        kill(process)
 
 
 def test_every_group_arrives_once_though_the_sampler_is_killed(tmp_path):
@@ -132,8 +131,7 @@ def test_every_group_arrives_once_though_the_sampler_is_killed(tmp_path):
     def on_group(index, group):
         seen.append(index)
         if not killed:
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
+            kill(process)
             killed.append(start(tmp_path, port=int(url.rsplit(":", 1)[1]))[0])
 
     wanted = requests(64)
@@ -141,7 +139,7 @@ def test_every_group_arrives_once_though_the_sampler_is_killed(tmp_path):
         groups = RolloutClient([url]).rollouts(wanted, on_group=on_group)
     finally:
         for again in killed:
-            again.kill()
+            kill(again)
     assert killed and sorted(seen) == list(range(64))
     assert [g.problem_id for g in groups] == [r.problem_id for r in wanted]
 
