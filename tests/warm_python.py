@@ -9,6 +9,7 @@ which was before: a command with others of those needs `sys.executable`.
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -20,16 +21,21 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from pathlib import Path
+from typing import NoReturn
 
+from ares_jax import show_torch
 from ares_jax.service.process import die_with
 
 # None of our own: a command imports what it needs itself.
 LIBRARIES = (
-    "jax.numpy", "flax.nnx", "optax", "orbax.checkpoint", "grain.python", "transformers", "transformers.models.auto",
+    "sklearn.datasets", "jax.numpy", "flax.nnx", "optax", "orbax.checkpoint", "grain.python", "transformers", "transformers.models.auto",
     "transformers.models.qwen2", "transformers.tokenization_utils_tokenizers", "transformers.models.qwen2_vl",
-    "ml_collections", "fastapi", "uvicorn", "httpx", "openai", "prometheus_client", "sklearn.datasets", "PIL.Image",
+    "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl",
+    "ml_collections", "fastapi", "uvicorn", "httpx", "openai", "prometheus_client", "PIL.Image",
     "tensorboardX", "matplotlib.pyplot", "pyarrow.parquet", "tqdm", "jaxtyping", "jinja2",
 )  # fmt: skip
 
@@ -135,17 +141,47 @@ def _attend(asker: socket.socket, command: int) -> None:
     os._exit(0)
 
 
-if __name__ == "__main__":
-    die_with(int(sys.argv[2]))
-    for name in LIBRARIES:
-        importlib.import_module(name)
-    first, *rest = next_command(sys.argv[1])
+def _run(first: str, *rest: str) -> None:
+    """Runs what `python` would with these arguments."""
     if first == "-m":
-        sys.argv = rest
-        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
-    elif first == "-c":
+        sys.argv = list(rest)
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)  # a command sees PyTorch when its imports are over
+        return
+    show_torch()
+    if first == "-c":
         sys.argv = ["-c", *rest[1:]]
         exec(rest[0], {"__name__": "__main__"})
     else:
         sys.argv = [first, *rest]
         runpy.run_path(first, run_name="__main__")
+
+
+def _end(code: int) -> NoReturn:
+    """Ends as an interpreter does, but does not take all modules to pieces, which takes a second."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    die_with(int(sys.argv[2]))
+    importlib.import_module(LIBRARIES[0])  # SciPy, which stumbles over a module that is None
+    sys.modules["torch"] = None  # type: ignore[assignment]  # as for a command (ares_jax/__init__.py)
+    for name in LIBRARIES[1:]:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a collection in a fork does not write to what is shared
+    command = next_command(sys.argv[1])
+    try:
+        _run(*command)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        _end(end.code if isinstance(end.code, int) else int(end.code is not None))
+    except BaseException:
+        traceback.print_exc()
+        _end(1)
+    _end(0)

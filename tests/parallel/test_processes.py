@@ -86,8 +86,10 @@ def runs(tmp_path_factory):
     assert (two / "stopped").exists() and not read_jsonl(two / "cold_start" / "pass_rates.jsonl")
     both(two, "tests.parallel.pipeline")
     shutil.copytree(two, folder / "parts", ignore=shutil.ignore_patterns("aepo", "evaluation", "export"))
-    both(two, "ares_jax.report")
-    alone(folder / "one", "tests.parallel.pipeline")
+    for command in ("convert", "report"):
+        both(two, f"ares_jax.{command}")
+    for module in ("tests.parallel.pipeline", "ares_jax.convert"):
+        alone(folder / "one", module)
     return folder
 
 
