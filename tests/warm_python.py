@@ -32,11 +32,11 @@ from ares_jax.service.process import die_with
 
 # None of our own: a command imports what it needs itself.
 LIBRARIES = (
-    "sklearn.datasets", "jax.numpy", "flax.nnx", "optax", "orbax.checkpoint", "grain.python", "transformers", "transformers.models.auto",
-    "transformers.models.qwen2", "transformers.tokenization_utils_tokenizers", "transformers.models.qwen2_vl",
-    "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl",
-    "ml_collections", "fastapi", "uvicorn", "httpx", "openai", "prometheus_client", "PIL.Image",
-    "tensorboardX", "matplotlib.pyplot", "pyarrow.parquet", "tqdm", "jaxtyping", "jinja2",
+    "sklearn.datasets", "jax.numpy", "flax.nnx", "optax", "orbax.checkpoint", "grain.python", "transformers",
+    "transformers.models.auto", "transformers.models.qwen2", "transformers.tokenization_utils_tokenizers",
+    "transformers.models.qwen2_vl", "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl", "ml_collections",
+    "fastapi", "uvicorn", "httpx", "openai", "prometheus_client", "PIL.Image", "tensorboardX", "matplotlib.pyplot",
+    "pyarrow.parquet", "tqdm", "jaxtyping", "jinja2",
 )  # fmt: skip
 
 _STAND_IN = """#!{python} -IS
