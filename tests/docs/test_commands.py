@@ -53,7 +53,7 @@ CONFIGS = {  # (sections as in the tiny digits', fields): few shapes, as each is
 }  # fmt: skip
 # A page uses what those before it have made.
 PAGES = ["README.md", *(f"docs/{name}.md" for name in ("quickstart", "cold_start", "train", "convert", "infer", "evaluate",
-         "report", "serve", "plan", "pods"))]  # fmt: skip
+         "report", "serve", "plan", "pods", "testing"))]  # fmt: skip
 ON_HOSTS = ("worker.sh", "tpu_host.sh")  # which the launchers run, not a reader
 LAUNCHERS = sorted(f"launch/{path.name}" for path in (ROOT / "launch").glob("*.sh") if path.name not in ON_HOSTS)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
