@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from ares_jax import __version__
-from ares_jax.completion import SCRIPT, candidates
+from ares_jax.commands.completion import SCRIPT, candidates
 
 COMMANDS = {
     "Train": {

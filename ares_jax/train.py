@@ -1,36 +1,6 @@
-"""`python -m ares_jax.train`: AEPO, from the cold start's weights, with rollouts from the sampler service."""
+"""`python -m ares_jax.train`: ares_jax/commands/train.py."""
 
-from pathlib import Path
-
-import jax
-from ml_collections import ConfigDict
-
-from ares_jax import cli
-from ares_jax.aepo.trainer import Trainer
-from ares_jax.lifecycle.startup import STARTUP
-from ares_jax.metrics import goodput_sentence, read_jsonl, stage
-from ares_jax.parallel.distributed import is_first
-from ares_jax.parallel.micro_batch import check_rows
-from ares_jax.workspace import open_workspace
-
-TOPICS = {
-    "The run (every field: ares_jax/config.py)": ("config", "workdir"),
-    "A trace of it": ("profile_steps",),
-    "Several processes": ("coordinator_address", "num_processes", "process_id", "heartbeat_timeout"),
-}
-
-
-def main(config: ConfigDict, workdir: Path) -> None:
-    check_rows(config, jax.device_count(), jax.process_count())
-    workspace = open_workspace(config, workdir)
-    trainer = Trainer(workspace)  # before the sampler: what is missing or damaged is said at once
-    STARTUP.mark("weights")
-    with stage(workdir, "AEPO") as record, workspace.sampler() as client:
-        record["tokens"] = trainer.run(client)
-    print(f"AEPO: weights in {workdir / 'checkpoints' / 'aepo'}")
-    if is_first():
-        print(goodput_sentence(read_jsonl(trainer.folder / "metrics.jsonl")))
-
+from ares_jax.commands.train import start
 
 if __name__ == "__main__":
-    cli.run(main)
+    start()

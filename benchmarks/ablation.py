@@ -20,10 +20,10 @@ import matplotlib
 from absl import flags
 from ml_collections import ConfigDict
 
-from ares_jax import cli
-from ares_jax.cold_start.hard_split import FILE as HARD_SPLIT
+from ares_jax.commands import cli
 from ares_jax.errors import UserError
 from ares_jax.metrics import write_atomic
+from ares_jax.rewards.hard_split import FILE as HARD_SPLIT
 from configs.methods import METHODS
 
 matplotlib.use("Agg")

@@ -16,13 +16,13 @@ from absl import flags
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from ares_jax import cli
 from ares_jax.aepo.windows import batch_threshold
+from ares_jax.commands import cli
 from ares_jax.errors import UserError
-from ares_jax.evaluation.grading import is_correct
+from ares_jax.rewards.grading import is_correct
+from ares_jax.run.workspace import open_workspace
 from ares_jax.sampling.requests import derive_seed, rollout_request
 from ares_jax.sampling.trajectory import RolloutGroup, Trajectory
-from ares_jax.workspace import open_workspace
 from data_pipeline.prompts import Prompt
 
 _STAGE = flags.DEFINE_string("stage", "cold_start", "whose weights sample: base, cold_start or aepo")

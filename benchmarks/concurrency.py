@@ -14,8 +14,8 @@ from pathlib import Path
 import httpx
 from ml_collections import ConfigDict
 
-from ares_jax import cli
-from ares_jax.workspace import open_workspace
+from ares_jax.commands import cli
+from ares_jax.run.workspace import open_workspace
 from data_pipeline.images import to_data_url
 
 _CHATS, _ROUNDS = 2000, 12

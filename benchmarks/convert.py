@@ -26,9 +26,9 @@ from ares_jax.checkpoints.manager import Checkpoints
 from ares_jax.checkpoints.names import slots
 from ares_jax.checkpoints.weights import Entry, Weights
 from ares_jax.config import default_config
-from ares_jax.models.params import to_flat
 from ares_jax.models.qwen2_5_vl import Qwen25VLConfig, TextConfig, VisionConfig
-from ares_jax.workspace import open_workspace
+from ares_jax.params import to_flat
+from ares_jax.run.workspace import open_workspace
 from data_pipeline import digits, tokenizer
 
 _LAYERS = flags.DEFINE_list("layers", ["8", "24"], "text layers of each checkpoint; 24 are 4.6 GB")

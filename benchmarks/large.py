@@ -7,8 +7,9 @@ rows of 4,096 here, in batches of four there (no padding in either). PyTorch mul
 of 512 random tokens, --new tokens each, plain sampling, against `transformers.generate` in bfloat16.
 
 Each contestant is a process of its own, one after the other, so that its peak memory is its own; both begin with the same
-weights, from the same folder, and losses are compared. MFU counts what a model needs, once (`ares_jax.flops`), against the
-datasheet; a machine without one there (a CPU) gets none. Without `model.shape` a tiny model is measured: a rehearsal.
+weights, from the same folder, and losses are compared. MFU counts what a model needs, once (`ares_jax/models/flops.py`),
+against the datasheet; a machine without one there (a CPU) gets none. Without `model.shape` a tiny model is measured: a
+rehearsal.
 """
 
 import copy
@@ -31,13 +32,13 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from ares_jax.aepo.learner import Learner
 from ares_jax.aepo.state import initial_state as initial_aepo
 from ares_jax.checkpoints import load_hf, save_hf
-from ares_jax.flops import forward_flops, update_flops
-from ares_jax.models.params import to_flat
+from ares_jax.models.flops import forward_flops, update_flops
 from ares_jax.models.qwen2_5_vl import Qwen25VLConfig, TextConfig, VisionConfig
 from ares_jax.models.qwen2_5_vl.config import PUBLISHED
 from ares_jax.models.qwen2_5_vl.model import Qwen25VL, abstract_model, new_model
 from ares_jax.parallel.chips import peak_flops
 from ares_jax.parallel.sharding import make_mesh, place_model
+from ares_jax.params import to_flat
 from ares_jax.sampling import Engine, EngineOptions, RolloutRequest
 from ares_jax.training import initial_state, make_optimizer, trainable
 from benchmarks.learner_peer import leaf_segments, random_group, torch_optimizer, torch_update

@@ -23,15 +23,15 @@ from absl import flags
 from ml_collections import ConfigDict
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from ares_jax import cli
 from ares_jax.aepo.batch import learner_segments
 from ares_jax.aepo.learner import Learner
 from ares_jax.aepo.state import initial_state as initial_aepo
 from ares_jax.checkpoints import save_hf
-from ares_jax.models.params import with_params
+from ares_jax.commands import cli
+from ares_jax.params import with_params
+from ares_jax.run.workspace import open_workspace
 from ares_jax.training import initial_state, make_optimizer, trainable
 from ares_jax.training.update import TrainState
-from ares_jax.workspace import open_workspace
 from benchmarks import large
 from benchmarks.learner_peer import leaf_segments, random_group, torch_optimizer, torch_update
 from data_pipeline.packing import Segment, pack, padding_share

@@ -26,10 +26,10 @@ from flax import nnx
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from ares_jax.checkpoints import save_hf
-from ares_jax.models.params import to_flat, with_params
 from ares_jax.models.qwen2_5_vl import Qwen25VL, Qwen25VLConfig, TextConfig, VisionConfig
 from ares_jax.parallel.chips import peak_flops
 from ares_jax.parallel.sharding import make_mesh, place_model
+from ares_jax.params import to_flat, with_params
 from ares_jax.sampling.programs import Programs, Prompts, Rows, cut_layers, leaf_keys
 from ares_jax.training import Update, initial_state
 from ares_jax.training.log_probs import token_statistics

@@ -26,9 +26,9 @@ from flax import nnx
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from ares_jax.checkpoints import save_hf
-from ares_jax.models.params import to_flat
 from ares_jax.models.qwen2_5_vl import Qwen25VLConfig, TextConfig, VisionConfig
 from ares_jax.models.qwen2_5_vl.model import new_model
+from ares_jax.params import to_flat
 from ares_jax.sampling import Engine, EngineOptions, RolloutRequest
 
 _ROWS = flags.DEFINE_list("rows", ["1", "8", "64"], "sequences at once")

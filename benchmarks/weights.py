@@ -18,9 +18,9 @@ import numpy as np
 from ml_collections import ConfigDict
 from safetensors.numpy import save
 
-from ares_jax import cli
+from ares_jax.commands import cli
+from ares_jax.run.workspace import open_workspace
 from ares_jax.service import transfer
-from ares_jax.workspace import open_workspace
 
 _REPEATS, _PIECE = 4, 2**20
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ares_jax.flops import _seen, forward_flops, gradient_flops, model_flops, update_flops
+from ares_jax.models.flops import _seen, forward_flops, gradient_flops, model_flops, update_flops
 from ares_jax.models.qwen2_5_vl import Qwen25VLConfig, TextConfig, VisionConfig, VisionInputs
 from ares_jax.models.qwen2_5_vl.attention import causal_mask
 from ares_jax.models.qwen2_5_vl.model import abstract_model

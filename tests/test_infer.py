@@ -23,18 +23,18 @@ from ares_jax.checkpoints.folders import copy_side_files
 from ares_jax.checkpoints.huggingface import HFFolder
 from ares_jax.checkpoints.manager import Checkpoints
 from ares_jax.checkpoints.orbax_params import write_orbax
+from ares_jax.commands.infer import TOPICS, infer, with_joined_flags
 from ares_jax.errors import UserError
-from ares_jax.infer import TOPICS, infer, with_joined_flags
 from ares_jax.inference.asking import find_windows
 from ares_jax.inference.conversation import Conversation, Options
 from ares_jax.inference.media import load_video, split_paths
-from ares_jax.inference.opening import open_model
 from ares_jax.inference.terminal import Printer, legend, painted, window_lines
 from ares_jax.inference.texts import TokenTexts
-from ares_jax.models.params import to_flat
+from ares_jax.params import to_flat
+from ares_jax.run.opening import open_model
+from ares_jax.run.workspace import open_workspace
 from ares_jax.sampling import Trajectory
 from ares_jax.sampling.requests import derive_seed
-from ares_jax.workspace import open_workspace
 from configs import digits_cpu
 from data_pipeline.errors import DataError
 from data_pipeline.tokenizer import save_processors

@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 
 from ares_jax import __version__
 from ares_jax.__main__ import COMMANDS
-from ares_jax.completion import flags_of
+from ares_jax.commands.completion import flags_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -146,7 +146,7 @@ def test_commands_alone_do_without_pytorch_where_it_is(tmp_path):
     script.write_text("from ares_jax.__main__ import main; main()")
     for command in (["-m", "ares_jax.serve"], ["-Bm", "ares_jax", "serve"], [script, "serve"]):
         assert imports(*command, "--version") == ["transformers"]
-    assert set(imports("-c", "import ares_jax.serve")) == {"torch.nn", "transformers"}
+    assert set(imports("-c", "import ares_jax.commands.serve")) == {"torch.nn", "transformers"}
 
 
 def defined(path):

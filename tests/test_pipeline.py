@@ -16,7 +16,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from ares_jax.metrics import read_jsonl
 from ares_jax.models.qwen2_5_vl import VisionInputs
-from ares_jax.workspace import open_workspace
+from ares_jax.run.workspace import open_workspace
 from configs.resolved import get_config
 from data_pipeline.tokenizer import load_processors
 from data_pipeline.vision_layout import vision_layout

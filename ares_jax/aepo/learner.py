@@ -14,8 +14,9 @@ from ares_jax.aepo.loss import importance_weights, surrogate_terms
 from ares_jax.models.qwen2_5_vl import Qwen25VL
 from ares_jax.parallel.distributed import local_rows
 from ares_jax.parallel.sharding import Placement, batch_sharding
+from ares_jax.params import Params
 from ares_jax.training.log_probs import token_statistics
-from ares_jax.training.update import Batch, Lower, Params, Trainable, TrainState, Update, everything, in_mesh
+from ares_jax.training.update import Batch, Lower, Trainable, TrainState, Update, everything, in_mesh
 
 
 class Learner:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from ares_jax.aepo.difficulty import bucket
 from ares_jax.aepo.reward import overlong_penalty, paper_entropy_reward, released_entropy_reward
 from ares_jax.aepo.state import AepoState, bucket_means
-from ares_jax.evaluation.grading import has_format, is_correct
+from ares_jax.rewards.grading import has_format, is_correct
 from ares_jax.sampling.trajectory import RolloutGroup
 from data_pipeline.prompts import Prompt
 

@@ -30,21 +30,21 @@ from ares_jax.aepo.learner import Learner
 from ares_jax.aepo.reward import overlong_penalty
 from ares_jax.aepo.scoring import ScoredGroup, grade, score
 from ares_jax.aepo.windows import batch_threshold
-from ares_jax.cold_start.hard_split import held_out
 from ares_jax.errors import Preempted, UserError
 from ares_jax.evaluation.harness import evaluate, overall_accuracy
-from ares_jax.flops import update_flops
 from ares_jax.lifecycle import preemption
 from ares_jax.lifecycle.startup import STARTUP
 from ares_jax.lifecycle.steps import Steps
 from ares_jax.metrics import MetricsWriter, append_jsonl, read_jsonl, write_atomic
-from ares_jax.models.params import to_flat
+from ares_jax.models.flops import update_flops
 from ares_jax.parallel.chips import utilization
 from ares_jax.parallel.distributed import gather, interleaved, is_first, joint_position, own_position, share, to_host
+from ares_jax.params import to_flat
+from ares_jax.rewards.hard_split import held_out
+from ares_jax.run.workspace import Workspace, colocated, everyone
 from ares_jax.sampling.requests import derive_seed, rollout_request
 from ares_jax.sampling.trajectory import RolloutGroup
 from ares_jax.training import abstract_state, initial_state, make_optimizer, make_schedule, trainable
-from ares_jax.workspace import Workspace, colocated, everyone
 from data_pipeline.images import to_data_url
 from data_pipeline.packing import MERGED, Segment, padding_share
 from data_pipeline.prompts import Prompt

@@ -22,11 +22,11 @@ from ares_jax.checkpoints.names import EMBEDDING, HEAD
 from ares_jax.checkpoints.tensor_file import TensorFile
 from ares_jax.checkpoints.weights import WORKERS, Entry, ModelWeights, Weights
 from ares_jax.errors import UserError
-from ares_jax.models.params import to_flat, with_params
 from ares_jax.models.qwen2_5_vl import Qwen25VL, Qwen25VLConfig
 from ares_jax.models.qwen2_5_vl.model import abstract_model
 from ares_jax.parallel.distributed import put
 from ares_jax.parallel.sharding import param_shardings
+from ares_jax.params import to_flat, with_params
 
 SHARD_BYTES = 5_000_000_000  # the Hub's own default
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-from ares_jax.models.params import to_flat
 from ares_jax.models.qwen2_5_vl import Qwen25VLConfig
 from ares_jax.models.qwen2_5_vl.model import abstract_model
+from ares_jax.params import to_flat
 
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 

@@ -28,10 +28,10 @@ from ares_jax.checkpoints.names import Slot, slots
 from ares_jax.checkpoints.weights import WORKERS, Budget, Entry, Weights
 from ares_jax.errors import UserError
 from ares_jax.models.lora import Lora, factors, merge_kernel
-from ares_jax.models.params import check_flat, to_flat, with_params
 from ares_jax.models.qwen2_5_vl import Qwen25VL, Qwen25VLConfig
 from ares_jax.models.qwen2_5_vl.model import abstract_model
 from ares_jax.parallel.sharding import param_shardings
+from ares_jax.params import check_flat, to_flat, with_params
 
 PARAMS = "params"
 CHUNK_BYTES = 16 * 2**20  # at most: a chunk is read, and decompressed, whole

@@ -12,8 +12,8 @@ import numpy as np
 
 from ares_jax.checkpoints.names import EMBEDDING, HEAD, new_layout, slots
 from ares_jax.errors import UserError
-from ares_jax.models.params import to_flat
 from ares_jax.models.qwen2_5_vl import Qwen25VL, Qwen25VLConfig
+from ares_jax.params import to_flat
 
 WORKERS = 4  # threads that move tensors, as long as the budget of bytes lasts
 

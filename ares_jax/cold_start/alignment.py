@@ -13,10 +13,9 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from ares_jax.models.params import with_params
 from ares_jax.models.qwen2_5_vl import VisionInputs
-from ares_jax.training.update import Params
-from ares_jax.workspace import Workspace
+from ares_jax.params import Params, with_params
+from ares_jax.run.workspace import Workspace
 from data_pipeline.digits import captioned_cards
 from data_pipeline.packing import Segment, pack
 

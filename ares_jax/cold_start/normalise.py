@@ -3,7 +3,7 @@ r"""Every trace in one form, *think, derive, conclude*: `<think> ... </think>`, 
 import re
 from dataclasses import dataclass
 
-from ares_jax.evaluation.grading import extract_answer, has_format, same_answer
+from ares_jax.rewards.grading import extract_answer, has_format, same_answer
 
 KEPT, REWRITTEN = "kept", "rewritten"  # the verdicts of traces that are used; all others are rejects
 REJECTS = {

@@ -8,10 +8,10 @@ from tqdm import tqdm
 from ares_jax.cold_start.curation import Candidate
 from ares_jax.cold_start.responses import endpoint_responses, known_records
 from ares_jax.cold_start.teacher import Trace
-from ares_jax.evaluation.grading import is_correct
 from ares_jax.metrics import append_jsonl
+from ares_jax.rewards.grading import is_correct
+from ares_jax.run.workspace import Workspace
 from ares_jax.sampling.requests import derive_seed, rollout_request
-from ares_jax.workspace import Workspace
 from data_pipeline.reading import Reader, read_all
 
 _CHUNK = 128  # problems between two writes: what a killed run loses at most

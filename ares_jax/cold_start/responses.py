@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from ares_jax.errors import UserError
-from ares_jax.evaluation.grading import is_correct
 from ares_jax.metrics import read_jsonl, write_atomic
+from ares_jax.rewards.grading import is_correct
 from ares_jax.sampling.requests import derive_seed
 from ares_jax.service.endpoint import Answer, ask_all, messages
 from data_pipeline.sources import Source

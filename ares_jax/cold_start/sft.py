@@ -18,18 +18,18 @@ from tqdm import tqdm
 
 from ares_jax.aepo.kl import per_token_kl
 from ares_jax.errors import Preempted
-from ares_jax.flops import update_flops
 from ares_jax.lifecycle.startup import STARTUP
 from ares_jax.lifecycle.steps import Steps
 from ares_jax.metrics import MetricsWriter
-from ares_jax.models.params import to_flat
+from ares_jax.models.flops import update_flops
 from ares_jax.parallel.chips import utilization
 from ares_jax.parallel.distributed import gather, joint_position, local_rows, own_position
 from ares_jax.parallel.sharding import batch_sharding
+from ares_jax.params import Params, to_flat
+from ares_jax.run.workspace import Workspace
 from ares_jax.training import Update, abstract_state, initial_state, make_optimizer, make_schedule, trainable
 from ares_jax.training.log_probs import TokenStatistics, token_statistics
-from ares_jax.training.update import LossFn, Params
-from ares_jax.workspace import Workspace
+from ares_jax.training.update import LossFn
 from data_pipeline.packing import Segment, padding_share, response_segment
 from data_pipeline.prompts import Prompt
 

@@ -12,8 +12,8 @@ from ares_jax.cold_start.normalise import KEPT, REJECTS, REWRITTEN, normalise
 from ares_jax.cold_start.responses import endpoint_responses
 from ares_jax.errors import UserError
 from ares_jax.metrics import write_atomic
+from ares_jax.run.workspace import Workspace
 from ares_jax.service.endpoint import Response
-from ares_jax.workspace import Workspace
 from data_pipeline.errors import DataError
 
 

@@ -3,9 +3,9 @@
 import re
 from collections.abc import Sequence
 
-from ares_jax.evaluation.answer_text import cleaned
-from ares_jax.evaluation.exact_rules import quantity
-from ares_jax.evaluation.grading import extract_answer, same_answer
+from ares_jax.rewards.answer_text import cleaned
+from ares_jax.rewards.exact_rules import quantity
+from ares_jax.rewards.grading import extract_answer, same_answer
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _WRAP = r"(?:\\(?:text|textbf|mathrm|mathbf|boxed))?\{?\(?([A-Z])\)?\}?"

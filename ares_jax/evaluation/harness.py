@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from ares_jax.evaluation.grading import is_correct
 from ares_jax.evaluation.intervals import wilson_interval
+from ares_jax.rewards.grading import is_correct
 from ares_jax.sampling.requests import derive_seed, rollout_request
 from ares_jax.sampling.trajectory import RolloutGroup
 from data_pipeline.images import to_data_url

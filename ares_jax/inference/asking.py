@@ -7,9 +7,9 @@ import numpy as np
 from jaxtyping import Bool
 
 from ares_jax.errors import UserError
-from ares_jax.inference.opening import Opened
-from ares_jax.models.params import with_params
 from ares_jax.models.qwen2_5_vl import Qwen25VL
+from ares_jax.params import with_params
+from ares_jax.run.opening import Opened
 from ares_jax.sampling import Engine, EngineOptions, Trajectory
 from ares_jax.sampling.requests import rollout_request
 from ares_jax.sampling.trajectory import Piece

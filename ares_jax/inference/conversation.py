@@ -13,10 +13,10 @@ from jaxtyping import UInt8
 from ares_jax.aepo.windows import batch_threshold
 from ares_jax.errors import UserError
 from ares_jax.inference.asking import Answer, Asker, Sampling, Windows, find_windows
-from ares_jax.inference.opening import open_model
 from ares_jax.inference.terminal import Printer, legend, window_lines
 from ares_jax.inference.texts import TokenTexts
 from ares_jax.metrics import write_atomic
+from ares_jax.run.opening import open_model
 from ares_jax.sampling.requests import derive_seed
 from data_pipeline.errors import OverlongError
 from data_pipeline.images import to_data_url

@@ -16,10 +16,10 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import jax
-from jax._src import distributed as jax_distributed  # its client has no public name; Orbax takes it from here, too
 
 from ares_jax.errors import Preempted
 from ares_jax.parallel.distributed import gather, is_alone, is_first
+from ares_jax.parallel.private_jax import coordination_client
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ class _Listener:
         self.told = False
         self.raises = is_alone()  # SIGTERM raises `Preempted` in the main thread, once; otherwise somebody will ask
         self.hooks: list[Callable[[], None]] = []
-        self._client: Any = None if is_alone() else jax_distributed.global_state.client
+        self._client: Any = None if is_alone() else coordination_client()
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._main = threading.get_ident()

@@ -4,20 +4,28 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax
-from absl import flags
 
 from ares_jax.errors import UserError
 
-_STEPS = flags.DEFINE_string("profile_steps", "", "steps to trace, FIRST:LAST, LAST not included; into WORKDIR/.../profile")
+_steps = (0, 0)  # to trace, in every loop of this process
+
+
+def trace_steps(value: str) -> None:
+    """Has the steps FIRST:LAST of the loops that begin from now on traced; LAST is not included. Empty: none.
+
+    Raises:
+      UserError: `value` names no steps.
+    """
+    global _steps
+    _steps = _parsed(value) if value else (0, 0)
 
 
 class Profiler:
-    """Traces the steps that the flag names into `folder/profile`, each process its own devices."""
+    """Traces the steps that `trace_steps` named into `folder/profile`, each process its own devices."""
 
     def __init__(self, folder: Path):
         self._folder, self._open = folder / "profile", False
-        value = _STEPS.value if flags.FLAGS.is_parsed() else ""  # a library call has no flags
-        self._first, self._last = _parsed(value) if value else (0, 0)
+        self._first, self._last = _steps
 
     @contextmanager
     def step(self, number: int):

@@ -14,13 +14,12 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
-from jax._src.clusters import cloud_tpu_cluster  # what jax.distributed.initialize asks
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Shaped
 
 from ares_jax.errors import UserError
+from ares_jax.parallel.private_jax import TPU_CLUSTERS
 
 T = TypeVar("T")
 
@@ -29,30 +28,39 @@ _TASKS = (("SLURM_PROCID", "SLURM_NTASKS"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_
 
 _PIECE = 2**28  # bytes
 _joined = False  # with other processes
-_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0; found by itself on TPU and SLURM")
-_COUNT = flags.DEFINE_integer("num_processes", None, "processes of the run, all given the same command", 1)
-_INDEX = flags.DEFINE_integer("process_id", None, "number of this process, from 0", 0)
-_HEARTBEAT = flags.DEFINE_integer("heartbeat_timeout", 100, "seconds of silence after which a process is lost: all end", 2)
 
 
-def initialize() -> None:
-    """Joins the processes of the run: found on Cloud TPU, SLURM, Kubernetes and Open MPI, or told by flags.
+def initialize(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    heartbeat_timeout: int = 100,
+) -> None:
+    """Joins the processes of the run: found on Cloud TPU, SLURM, Kubernetes and Open MPI, or given.
 
-    Outside of these there is one process and nothing to do; `--num_processes=1` says so inside of them.
+    Outside of these there is one process and nothing to do; `num_processes` 1 says so inside of them.
+
+    Args:
+      coordinator_address: host:port of process 0.
+      num_processes: of the run.
+      process_id: number of this process, from 0.
+      heartbeat_timeout: seconds of silence after which a process is lost, and all end.
 
     Raises:
-      UserError: some but not all flags are given, or the processes do not find each other.
+      UserError: some but not all of the first three are given, or the processes do not find each other.
     """
     global _joined
-    given: dict[str, Any] = {flag.name: flag.value for flag in (_COORDINATOR, _COUNT, _INDEX) if flag.value is not None}
-    if _COUNT.value == 1:
+    named = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
+    given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+    if num_processes == 1:
         return
     if given and len(given) < 3:
         raise UserError(f"--{next(iter(given))} alone; give --coordinator_address, --num_processes and --process_id")
     # None restricted. JAX takes any task of SLURM or Open MPI for one of many on its host, and would give it one GPU.
     devices: dict[str, Any] = {"local_device_ids": []} if _one_a_host(os.environ) else {}
     try:
-        jax.distributed.initialize(**given, **devices, heartbeat_timeout_seconds=_HEARTBEAT.value)
+        jax.distributed.initialize(**given, **devices, heartbeat_timeout_seconds=heartbeat_timeout)
         _joined = True
     except Exception as error:  # gRPC's own types, and whatever a cluster's detection raises
         if not given and "coordinator_address should be defined" in str(error):
@@ -81,8 +89,8 @@ def require_alone(command: str) -> None:
         )
 
 
-def task() -> tuple[int, int]:
-    """Returns the number of this process, and of how many, by flags, SLURM, Open MPI or a TPU slice; (0, 1) elsewhere.
+def task(num_processes: int | None = None, process_id: int | None = None) -> tuple[int, int]:
+    """Returns the number of this process, and of how many: as given, or by SLURM, Open MPI or a TPU slice; else (0, 1).
 
     For a command that does not join the others: it looks at no device, and at the network (Google's metadata server) only
     on a machine that has TPUs.
@@ -90,14 +98,14 @@ def task() -> tuple[int, int]:
     Raises:
       UserError: the metadata server of a TPU VM does not say.
     """
-    if _COUNT.value is not None:
-        return _INDEX.value or 0, _COUNT.value
+    if num_processes is not None:
+        return process_id or 0, num_processes
     for number, count in _TASKS:
         if number in os.environ and count in os.environ:
             all_of_them = os.environ[count]
             return int(os.environ[number]), int(all_of_them)
     try:
-        for cluster in (cloud_tpu_cluster.GkeTpuCluster, cloud_tpu_cluster.GceTpuCluster):
+        for cluster in TPU_CLUSTERS:
             if cluster.is_env_present():
                 return cluster.get_process_id(), cluster.get_process_count()
     except (OSError, RuntimeError, ValueError) as error:  # requests' errors are OSErrors

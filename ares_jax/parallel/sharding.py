@@ -12,8 +12,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
 from ares_jax.errors import UserError
-from ares_jax.models.params import logical_axes, to_flat
 from ares_jax.parallel.distributed import put
+from ares_jax.params import logical_axes, to_flat
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 BATCH = ("data", "fsdp")  # rows of a batch are split over both

@@ -16,9 +16,9 @@ from jax.sharding import NamedSharding
 from jaxtyping import Bool
 
 from ares_jax.errors import UserError
-from ares_jax.models.params import to_flat, with_params
 from ares_jax.models.qwen2_5_vl import Qwen25VL
 from ares_jax.models.qwen2_5_vl.paged import cache_spec, cached_heads
+from ares_jax.params import to_flat, with_params
 from ares_jax.sampling.forecast import PageForecast
 from ares_jax.sampling.options import EngineOptions, check_request
 from ares_jax.sampling.pages import OutOfPages, PagePool

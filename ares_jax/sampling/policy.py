@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ares_jax.models.params import check_flat
+from ares_jax.params import check_flat
 from ares_jax.sampling.programs import cut_layers
 
 

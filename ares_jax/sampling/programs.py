@@ -11,10 +11,10 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-from ares_jax.models.params import to_flat, with_params
 from ares_jax.models.qwen2_5_vl import Qwen25VL, VisionInputs
 from ares_jax.models.qwen2_5_vl.paged import cache_spec
 from ares_jax.parallel.sharding import mesh_axes
+from ares_jax.params import to_flat, with_params
 from kernels import WindowRing, sample_with_entropy, window_step
 
 

@@ -14,7 +14,7 @@ from fastapi import APIRouter, HTTPException, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from ares_jax.errors import UserError
-from ares_jax.models.params import check_flat
+from ares_jax.params import check_flat
 from ares_jax.service import transfer, weights
 from ares_jax.service.worker import ConflictError, Worker
 

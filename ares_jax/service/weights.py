@@ -17,7 +17,7 @@ from safetensors import SafetensorError, deserialize, safe_open
 from ares_jax.checkpoints.folders import is_remote
 from ares_jax.checkpoints.orbax_params import PARAMS
 from ares_jax.errors import UserError
-from ares_jax.models.params import check_flat
+from ares_jax.params import check_flat
 
 _DTYPES = {"F32": np.float32, "BF16": bfloat16, "F16": np.float16, "F64": np.float64}
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from ares_jax.models.params import with_params
 from ares_jax.models.qwen2_5_vl import Qwen25VL, VisionInputs
-from ares_jax.training.update import Batch, Params
+from ares_jax.params import Params, with_params
+from ares_jax.training.update import Batch
 from kernels import token_log_probs_and_entropy
 
 TokenStatistics = Callable[[Params, Batch], tuple[Float[Array, "B T"], Float[Array, "B T"]]]

@@ -9,8 +9,8 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from ares_jax.parallel.sharding import Placement
+from ares_jax.params import Params
 
-Params = dict[str, jax.Array]
 Batch = dict[str, jax.Array]
 Trainable = Callable[[str], bool]  # of the parameter with this name
 Lower = Callable[[], jax.stages.Lowered]

@@ -11,7 +11,7 @@ from ares_jax.aepo.learner import Learner
 from ares_jax.aepo.scoring import ScoredGroup, grade, score
 from ares_jax.aepo.state import initial_state
 from ares_jax.config import default_config
-from ares_jax.models.params import to_flat
+from ares_jax.params import to_flat
 from ares_jax.sampling.requests import rollout_request
 from ares_jax.training import initial_state as train_state
 from ares_jax.training import make_optimizer

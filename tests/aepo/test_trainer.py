@@ -14,16 +14,16 @@ import pytest
 from ares_jax.aepo import state as aepo_state
 from ares_jax.aepo.scoring import ScoredGroup
 from ares_jax.aepo.trainer import Trainer, check
-from ares_jax.cold_start.hard_split import write_hard_split
+from ares_jax.commands.serve import make_engine
 from ares_jax.errors import Preempted, UserError
 from ares_jax.metrics import read_jsonl
 from ares_jax.models.lora import is_lora, merged
 from ares_jax.parallel.sharding import make_mesh
+from ares_jax.rewards.hard_split import write_hard_split
+from ares_jax.run.workspace import Workspace, colocated, open_workspace
 from ares_jax.sampling.local import LocalSampler
 from ares_jax.sampling.trajectory import RolloutGroup, Trajectory
-from ares_jax.serve import make_engine
 from ares_jax.training import initial_state, make_optimizer
-from ares_jax.workspace import Workspace, colocated, open_workspace
 from configs.digits_cpu import get_config
 from data_pipeline.sources import open_sources
 

@@ -1,6 +1,6 @@
 """The trigger vocabulary."""
 
-from ares_jax.aepo.trigger_words import WORDS, normalized, trigger_mask
+from ares_jax.sampling.trigger_words import WORDS, normalized, trigger_mask
 
 
 def test_markers_and_case_do_not_matter():

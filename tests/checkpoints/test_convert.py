@@ -24,7 +24,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from ares_jax import convert
 from ares_jax.checkpoints import load_hf, load_orbax, save_hf
 from ares_jax.checkpoints.folders import replacing
 from ares_jax.checkpoints.huggingface import HFFolder
@@ -34,11 +33,12 @@ from ares_jax.checkpoints.orbax_params import OrbaxParams, open_converted, write
 from ares_jax.checkpoints.tensor_file import TensorFile
 from ares_jax.checkpoints.verify import verify
 from ares_jax.checkpoints.weights import Budget
+from ares_jax.commands import convert
 from ares_jax.errors import UserError
-from ares_jax.models.params import to_flat
 from ares_jax.models.qwen2_5_vl import Qwen25VLConfig, TextConfig, VisionConfig
 from ares_jax.parallel.sharding import make_mesh
-from ares_jax.workspace import Workspace, open_workspace
+from ares_jax.params import to_flat
+from ares_jax.run.workspace import Workspace, open_workspace
 from configs import digits_cpu
 
 CONFIG = Qwen25VLConfig(TextConfig(40, 16, 24, 3, 4, 2, (1, 0, 1)), VisionConfig(8, 12, 2, 2, (1,)), 1, 2, 3, 4)

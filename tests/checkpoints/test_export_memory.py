@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ares_jax.checkpoints.manager import Checkpoints
-from ares_jax.models.params import to_flat
-from ares_jax.workspace import open_workspace
+from ares_jax.params import to_flat
+from ares_jax.run.workspace import open_workspace
 from configs import digits_cpu
 
 EXPORT = """
@@ -18,7 +18,7 @@ import json, resource, sys
 from pathlib import Path
 from absl import flags
 from absl.testing import flagsaver
-from ares_jax import convert
+from ares_jax.commands import convert
 from configs import resolved
 flags.FLAGS.mark_as_parsed()
 peaks = []

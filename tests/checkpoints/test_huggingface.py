@@ -9,8 +9,8 @@ from safetensors.numpy import load_file, save_file
 
 from ares_jax.checkpoints import huggingface, load_hf, save_hf
 from ares_jax.errors import UserError
-from ares_jax.models.params import to_flat
 from ares_jax.parallel.sharding import make_mesh
+from ares_jax.params import to_flat
 from tests import digits
 
 

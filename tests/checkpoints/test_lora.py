@@ -8,13 +8,13 @@ from absl import flags
 from absl.testing import flagsaver
 from etils import epath
 
-from ares_jax import convert
 from ares_jax.checkpoints import load_hf
 from ares_jax.checkpoints.orbax_params import OrbaxParams
+from ares_jax.commands import convert
 from ares_jax.errors import UserError
 from ares_jax.models.lora import is_lora, merged
-from ares_jax.models.params import to_flat
-from ares_jax.workspace import open_workspace
+from ares_jax.params import to_flat
+from ares_jax.run.workspace import open_workspace
 from configs import digits_cpu
 
 

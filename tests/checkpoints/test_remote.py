@@ -7,15 +7,15 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from ares_jax import convert
 from ares_jax.checkpoints import load_hf, load_orbax, save_hf
 from ares_jax.checkpoints.folders import PARTIAL, open_folder
 from ares_jax.checkpoints.huggingface import HFFolder
 from ares_jax.checkpoints.names import EMBEDDING, HEAD
-from ares_jax.cli import _parse
+from ares_jax.commands import convert
+from ares_jax.commands.cli import _parse
 from ares_jax.errors import UserError
-from ares_jax.models.params import to_flat
-from ares_jax.workspace import open_workspace
+from ares_jax.params import to_flat
+from ares_jax.run.workspace import open_workspace
 from configs import digits_cpu
 from tests.checkpoints.bucket import mount
 from tests.checkpoints.test_convert import UP, bits, edit, make_hf, run

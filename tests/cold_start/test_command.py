@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from ares_jax.cold_start import __main__ as command
+from ares_jax.commands import cold_start as command
 from ares_jax.errors import UserError
 from configs.digits_cpu import get_config
 from data_pipeline.errors import DataError

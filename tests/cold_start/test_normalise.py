@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ares_jax.cold_start.normalise import KEPT, REJECTS, REWRITTEN, normalise
-from ares_jax.evaluation.grading import has_format, is_correct
+from ares_jax.rewards.grading import has_format, is_correct
 from data_pipeline import digits
 
 

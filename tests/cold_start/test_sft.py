@@ -11,10 +11,10 @@ import pytest
 from ares_jax.cold_start.sft import example, fine_tune, fine_tuning_loss, normalized
 from ares_jax.errors import Preempted
 from ares_jax.metrics import read_jsonl
-from ares_jax.models.params import to_flat
 from ares_jax.parallel.sharding import make_mesh
+from ares_jax.params import to_flat
+from ares_jax.run.workspace import open_workspace
 from ares_jax.training import abstract_state, make_optimizer, trainable
-from ares_jax.workspace import open_workspace
 from configs.digits_cpu import get_config
 from data_pipeline.errors import DataError
 from tests import digits as tiny

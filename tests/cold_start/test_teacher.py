@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ares_jax.cold_start.hard_split import hard_problems, held_out, write_hard_split
 from ares_jax.cold_start.teacher import longest_trace, normalised_traces, read_responses, teacher_responses
 from ares_jax.config import default_config
 from ares_jax.errors import UserError
 from ares_jax.metrics import read_jsonl
+from ares_jax.rewards.hard_split import hard_problems, held_out, write_hard_split
 from ares_jax.service.endpoint import Response
 from data_pipeline.errors import DataError
 from data_pipeline.problems import Problem

@@ -7,9 +7,9 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from ares_jax.aepo.trigger_words import read_words
-from ares_jax.cold_start.triggers import main, mine, own_means, word_at
+from ares_jax.commands.triggers import main, mine, own_means, word_at
 from ares_jax.errors import UserError
+from ares_jax.sampling.trigger_words import read_words
 from configs.digits_cpu import get_config
 
 

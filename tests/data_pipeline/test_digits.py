@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from ares_jax.evaluation.grading import extract_answer, has_format, is_correct
+from ares_jax.rewards.grading import extract_answer, has_format, is_correct
 from data_pipeline import digits, tokenizer
 from tests.digits import encoder
 

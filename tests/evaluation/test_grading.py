@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ares_jax.errors import UserError
-from ares_jax.evaluation import grading, verifier
-from ares_jax.evaluation.answer_text import cleaned
-from ares_jax.evaluation.exact_rules import exact_verdict
-from ares_jax.evaluation.grading import extract_answer, has_format, is_correct
+from ares_jax.rewards import grading, verifier
+from ares_jax.rewards.answer_text import cleaned
+from ares_jax.rewards.exact_rules import exact_verdict
+from ares_jax.rewards.grading import extract_answer, has_format, is_correct
 
 ROOT = Path(__file__).parents[2]
 SAME = {
@@ -166,7 +166,7 @@ def test_an_answer_that_hangs_algebra_is_wrong_in_time_and_the_next_is_graded(bo
 _IGNORES = """
 import signal
 signal.signal(signal.SIGPROF, signal.SIG_IGN)  # as libtpu leaves it
-from ares_jax.evaluation import verifier
+from ares_jax.rewards import verifier
 verifier.CPU_SECONDS = 0.5
 worker = verifier._Worker()
 print(worker.ask("9^{9^{9^{9}}}", "1"), worker.ask("c+d", "d+c"))

@@ -9,7 +9,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from ares_jax import evaluate
+from ares_jax.commands import evaluate
 from ares_jax.errors import UserError
 from ares_jax.evaluation.answer_cache import answer_cache
 from ares_jax.evaluation.asking import Asked, cache_path, chat, scaled_size

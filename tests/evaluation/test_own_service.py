@@ -8,8 +8,8 @@ import pytest
 from ares_jax.checkpoints import save_hf
 from ares_jax.config import to_plain
 from ares_jax.errors import UserError
-from ares_jax.evaluation.local_service import _identity, local_service
 from ares_jax.metrics import read_jsonl
+from ares_jax.run.local_service import _identity, local_service
 from configs.digits_cpu import get_config
 from data_pipeline.tokenizer import save_processors
 from tests import digits

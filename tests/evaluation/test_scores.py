@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from ares_jax.commands.arguments import plain_arguments
 from ares_jax.errors import UserError
-from ares_jax.evaluation.arguments import plain_arguments
 from ares_jax.evaluation.benchmark import Graded, Metric, Sample
 from ares_jax.evaluation.benchmarks import BENCHMARKS
 from ares_jax.evaluation.compare import compared, load_results, paired_difference, plot, table

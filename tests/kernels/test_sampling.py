@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ares_jax.parallel.aot import topology_devices
+from ares_jax.planning.aot import topology_devices
 from kernels import sample_with_entropy
 from tests.xla import OPTIMISED, slow
 

@@ -9,14 +9,15 @@ import jax.numpy as jnp
 from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ares_jax import cli
 from ares_jax.checkpoints import manager
 from ares_jax.checkpoints.manager import Checkpoints
+from ares_jax.commands import cli
 from ares_jax.errors import Preempted
 from ares_jax.lifecycle.steps import Steps
 from ares_jax.metrics import MetricsWriter, append_jsonl
 from ares_jax.parallel.distributed import barrier, put
 from ares_jax.parallel.sharding import make_mesh
+from ares_jax.run.environment import save_config
 
 _MODES = ["train", "hang", "lost", "full", "forbidden", "half", "metrics", "rollouts", "config", "memory"]
 _MODE = flags.DEFINE_enum("mode", "train", _MODES, "what goes wrong")
@@ -80,7 +81,7 @@ def small_files(config, workdir):
     elif _MODE.value == "rollouts":
         append_jsonl(workdir / "rollouts.jsonl", [long])
     else:
-        cli.save_config(config, workdir)
+        save_config(config, workdir)
 
 
 def fill_disk():

@@ -8,11 +8,11 @@ import numpy as np
 from absl import flags
 from absl.testing import flagsaver
 
-from ares_jax import serve
+from ares_jax.commands import serve
 from ares_jax.lifecycle.startup import Startup
-from ares_jax.models.params import to_flat
 from ares_jax.models.qwen2_5_vl import VisionInputs
-from ares_jax.parallel import aot
+from ares_jax.params import to_flat
+from ares_jax.planning import aot
 from ares_jax.sampling.programs import Programs, Prompts
 from ares_jax.sampling.rows import to_rows
 from configs.digits_cpu import get_config

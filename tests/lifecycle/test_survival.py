@@ -20,7 +20,7 @@ from ares_jax.aepo.trainer import check
 from ares_jax.checkpoints.manager import Checkpoints
 from ares_jax.errors import UserError
 from ares_jax.lifecycle.memory import ADVICE
-from ares_jax.lifecycle.profiling import Profiler
+from ares_jax.lifecycle.profiling import Profiler, trace_steps
 from ares_jax.lifecycle.startup import _COMPILATION, Startup
 from ares_jax.lifecycle.steps import Steps
 from ares_jax.lifecycle.watchdog import feed, watchdog
@@ -229,7 +229,7 @@ def test_goodput_counts_what_will_not_be_done_again(tmp_path, monkeypatch):
 
 
 def _trace(folder):
-    flags.FLAGS(["", "--profile_steps=1:3"])
+    trace_steps("1:3")
     profiler = Profiler(folder)
     for step in range(4):
         with profiler.step(step):
@@ -237,17 +237,15 @@ def _trace(folder):
         assert profiler._open == (step == 1)
 
 
-def test_steps_are_traced(tmp_path, monkeypatch):
+def test_steps_are_traced(tmp_path):
     # In a process of its own: where a TPU's compiler was loaded without a TPU, as other tests do, the profiler crashes.
     child = multiprocessing.get_context("spawn").Process(target=_trace, args=(tmp_path,))
     child.start()
     child.join()
     assert child.exitcode == 0
     assert list(tmp_path.glob("profile/**/*.xplane.pb"))
-    flags.FLAGS.mark_as_parsed()
-    monkeypatch.setattr(flags.FLAGS["profile_steps"], "value", "3:1")
     with pytest.raises(UserError, match="--profile_steps=3:1: give FIRST:LAST"):
-        Profiler(tmp_path)
+        trace_steps("3:1")
 
 
 def test_the_start_is_told_once_and_its_parts_add_up():

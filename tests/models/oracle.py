@@ -10,8 +10,8 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from ares_jax.checkpoints import load_hf
-from ares_jax.models.params import to_flat, with_params
 from ares_jax.models.qwen2_5_vl import VisionInputs
+from ares_jax.params import to_flat, with_params
 from data_pipeline.mrope import mrope_positions
 from data_pipeline.packing import Segment, pack
 

@@ -5,10 +5,10 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from ares_jax.errors import UserError
-from ares_jax.models.params import count_parameters, to_flat
 from ares_jax.models.qwen2_5_vl import Qwen25VLConfig
 from ares_jax.models.qwen2_5_vl import config as shapes
 from ares_jax.models.qwen2_5_vl.model import abstract_model
+from ares_jax.params import count_parameters, to_flat
 from tests.models.oracle import Shape, torch_config
 
 PUBLISHED = {  # Qwen2.5-VL-3B-Instruct's, flat, as it was before transformers 4.52

@@ -8,7 +8,7 @@ import torch
 from safetensors.numpy import load_file
 
 from ares_jax.checkpoints import save_hf
-from ares_jax.models.params import to_flat, with_params
+from ares_jax.params import to_flat, with_params
 from tests import digits
 from tests.models.oracle import Shape, batch_of, examples, logits, make_pair
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from ares_jax.errors import UserError
 from ares_jax.models.lora import PROJECTIONS, Lora, is_lora, merge_kernel, merged
-from ares_jax.models.params import to_flat, with_params
 from ares_jax.models.qwen2_5_vl.model import abstract_model, new_lora
+from ares_jax.params import to_flat, with_params
 from tests import digits
 
 LORA = Lora(rank=3, alpha=7.0)

@@ -14,7 +14,7 @@ from ares_jax.errors import UserError
 from ares_jax.models.qwen2_5_vl import paged, paged_gpu
 from ares_jax.models.qwen2_5_vl.config import PUBLISHED
 from ares_jax.models.qwen2_5_vl.paged import gathered_attention, paged_implementation, ragged_attention
-from ares_jax.parallel import aot
+from ares_jax.planning import aot
 from configs import qwen2_5_vl
 from tests.xla import slow
 

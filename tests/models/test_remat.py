@@ -7,12 +7,12 @@ import pytest
 
 from ares_jax.cold_start.sft import example
 from ares_jax.errors import UserError
-from ares_jax.models.params import to_flat, with_params
 from ares_jax.models.qwen2_5_vl import Qwen25VLConfig, TextConfig, VisionConfig, layers
 from ares_jax.models.qwen2_5_vl.layers import REMAT, scan_layers
 from ares_jax.models.qwen2_5_vl.model import abstract_model
-from ares_jax.parallel.aot import topology_devices
 from ares_jax.parallel.sharding import make_mesh
+from ares_jax.params import to_flat, with_params
+from ares_jax.planning.aot import topology_devices
 from ares_jax.training.log_probs import token_statistics
 from data_pipeline.packing import pack
 from tests import digits

@@ -12,7 +12,7 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from ares_jax.checkpoints.names import slots
-from ares_jax.models.params import to_flat, with_params
+from ares_jax.params import to_flat, with_params
 from data_pipeline.packing import pack
 from tests.models.oracle import LARGE, SMALL, VOCAB, Pair, Shape, logits, make_example, torch_config
 

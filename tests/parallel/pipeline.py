@@ -1,7 +1,6 @@
 """The commands that processes share, one after the other."""
 
-from ares_jax import cli, evaluate, train
-from ares_jax.cold_start import __main__ as cold_start
+from ares_jax.commands import cli, cold_start, evaluate, train
 
 
 def main(config, workdir):

@@ -16,19 +16,19 @@ from ares_jax.aepo.batch import learner_segments
 from ares_jax.aepo.scoring import ScoredGroup
 from ares_jax.aepo.state import initial_state
 from ares_jax.cold_start.sft import example
+from ares_jax.commands.plan import candidates, colocated, kernel_flops, on_slice, overrides, row_flops, search, table
 from ares_jax.config import default_config
 from ares_jax.errors import UserError
-from ares_jax.flops import gradient_flops
-from ares_jax.models.params import count_parameters, to_flat
+from ares_jax.models.flops import gradient_flops
 from ares_jax.models.qwen2_5_vl.attention import self_attention
 from ares_jax.models.qwen2_5_vl.config import PUBLISHED
 from ares_jax.models.qwen2_5_vl.model import abstract_model
-from ares_jax.parallel import aot
 from ares_jax.parallel.chips import TPUS
-from ares_jax.parallel.hlo import Work
 from ares_jax.parallel.micro_batch import check_rows
 from ares_jax.parallel.sharding import batch_sharding, make_mesh
-from ares_jax.plan import candidates, colocated, kernel_flops, on_slice, overrides, row_flops, search, table
+from ares_jax.params import count_parameters, to_flat
+from ares_jax.planning import aot
+from ares_jax.planning.hlo import Work
 from ares_jax.sampling.requests import rollout_request
 from configs import qwen2_5_vl
 from data_pipeline.packing import pack

@@ -6,7 +6,6 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from absl import flags
 from jax._src.clusters import cloud_tpu_cluster
 
 from ares_jax.parallel import distributed
@@ -14,12 +13,9 @@ from tests.warm_python import warm_python
 from tests.xla import environment
 
 _JOIN = """
-import sys
-from absl import flags
 from ares_jax.parallel import distributed
 from tests.warm_python import warm_python
 from tests.xla import environment
-flags.FLAGS(sys.argv)
 distributed.initialize()
 import jax
 print(jax.process_count(), distributed.is_first(), jax.config.values["jax_cuda_visible_devices"])
@@ -68,7 +64,6 @@ def test_one_a_host(variables, expected):
     ],
 )
 def test_the_number_of_a_task(monkeypatch, variables, expected):
-    flags.FLAGS.mark_as_parsed()
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert distributed.task() == expected
@@ -94,7 +89,6 @@ class Metadata(BaseHTTPRequestHandler):
 
 def test_the_number_of_a_tpu_vm_is_what_joining_would_give_it(monkeypatch):
     """A TPU VM has no variables: JAX asks Google's metadata server, of which one stands here, and so do we."""
-    flags.FLAGS.mark_as_parsed()
     monkeypatch.delenv("TPU_SKIP_MDS_QUERY")
     with ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

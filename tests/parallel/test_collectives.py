@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from ares_jax.aepo.learner import Learner
-from ares_jax.models.params import to_flat
-from ares_jax.parallel import aot
 from ares_jax.parallel.sharding import make_mesh, place_model
+from ares_jax.params import to_flat
+from ares_jax.planning import aot
 from ares_jax.training import abstract_state, initial_state, make_optimizer
 from configs.digits_cpu import get_config
 from tests import digits

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from ares_jax.commands.plan import kernel_flops, row_flops, table
 from ares_jax.errors import UserError
-from ares_jax.flops import gradient_flops
-from ares_jax.models.params import count_parameters, to_flat
+from ares_jax.models.flops import gradient_flops
 from ares_jax.models.qwen2_5_vl.config import PUBLISHED
 from ares_jax.models.qwen2_5_vl.model import abstract_model
-from ares_jax.parallel import aot, gpu_targets
 from ares_jax.parallel.chips import BETWEEN_HOSTS, GPUS, chip_of
-from ares_jax.plan import kernel_flops, row_flops, table
+from ares_jax.params import count_parameters, to_flat
+from ares_jax.planning import aot, gpu_targets
 from configs import qwen2_5_vl
 from kernels import sample_with_entropy, token_log_probs_and_entropy, window_means
 from tests.xla import slow

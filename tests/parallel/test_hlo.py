@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ares_jax.parallel import aot, hlo
 from ares_jax.parallel.sharding import make_mesh
+from ares_jax.planning import aot, hlo
 
 LAYERS, ROWS, WIDTH = 7, 512, 512
 

@@ -3,8 +3,7 @@
 import jax
 import pytest
 
-from ares_jax import train
-from ares_jax.cold_start import __main__ as cold_start
+from ares_jax.commands import cold_start, train
 from ares_jax.errors import UserError
 from ares_jax.parallel.micro_batch import check_rows, row_count
 from configs import qwen2_5_vl

@@ -6,13 +6,13 @@ import re
 import jax
 import pytest
 
-from ares_jax import plan
+from ares_jax.commands import plan
 from ares_jax.errors import UserError
-from ares_jax.flops import model_flops
+from ares_jax.models.flops import model_flops
 from ares_jax.models.qwen2_5_vl.config import PUBLISHED
-from ares_jax.parallel import aot
 from ares_jax.parallel.chips import TPUS
-from ares_jax.parallel.hlo import Work
+from ares_jax.planning import aot
+from ares_jax.planning.hlo import Work
 from configs import qwen2_5_vl
 
 GIB = 2**30

@@ -8,11 +8,11 @@ import pytest
 
 from ares_jax.cold_start.sft import example
 from ares_jax.errors import UserError
-from ares_jax.models.params import logical_axes, to_flat
 from ares_jax.models.qwen2_5_vl.config import PUBLISHED
 from ares_jax.models.qwen2_5_vl.model import abstract_model
 from ares_jax.parallel import distributed
 from ares_jax.parallel.sharding import RULES, make_mesh, param_shardings, place_model
+from ares_jax.params import logical_axes, to_flat
 from ares_jax.training import Update, initial_state
 from ares_jax.training.log_probs import token_statistics
 from data_pipeline.packing import pack

@@ -7,7 +7,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from ares_jax import report
+from ares_jax.commands import report
 from ares_jax.reporting import build_report, console_table
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ares_jax.workspace import open_workspace
+from ares_jax.run.workspace import open_workspace
 from configs.digits_cpu import get_config
 from data_pipeline import tokenizer
 from tests import digits

@@ -14,8 +14,8 @@ from hypothesis import example, given, settings
 from ares_jax.aepo.windows import validated
 from ares_jax.cold_start import sft
 from ares_jax.errors import UserError
-from ares_jax.models.params import to_flat
 from ares_jax.models.qwen2_5_vl import VisionInputs
+from ares_jax.params import to_flat
 from ares_jax.sampling.requests import rollout_request
 from ares_jax.training.log_probs import token_statistics
 from data_pipeline.packing import pack

@@ -9,13 +9,13 @@ import pytest
 
 from ares_jax.config import default_config
 from ares_jax.errors import UserError
-from ares_jax.models.params import to_flat, with_params
 from ares_jax.models.qwen2_5_vl.config import PUBLISHED
 from ares_jax.models.qwen2_5_vl.paged import cached_heads
-from ares_jax.parallel import aot
+from ares_jax.params import to_flat, with_params
+from ares_jax.planning import aot
+from ares_jax.run.workspace import sampler_mesh
 from ares_jax.sampling.local import LocalSampler
 from ares_jax.sampling.rows import to_rows
-from ares_jax.workspace import sampler_mesh
 from configs import qwen2_5_vl
 from tests import digits
 from tests.sampling.test_engine import request

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from ares_jax.errors import UserError
-from ares_jax.models.params import to_flat, with_params
+from ares_jax.params import to_flat, with_params
 from ares_jax.sampling import Engine, EngineOptions, RolloutRequest
 from ares_jax.sampling.branching import select_branches
 from ares_jax.sampling.programs import Drawn, Part

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ares_jax import workspace as module
 from ares_jax.parallel.sharding import make_mesh
+from ares_jax.run import workspace as module
+from ares_jax.run.workspace import open_workspace
 from ares_jax.sampling.local import LocalSampler
-from ares_jax.workspace import open_workspace
 from configs import digits_cpu
 from tests.sampling.test_engine import request
 

@@ -10,7 +10,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from safetensors.numpy import save
 
-from ares_jax.models.params import to_flat
+from ares_jax.params import to_flat
 from ares_jax.service import weight_routes
 from ares_jax.service.server import make_app
 from ares_jax.service.worker import Worker

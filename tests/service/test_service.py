@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save
 
 from ares_jax.errors import UserError
-from ares_jax.models.params import to_flat
+from ares_jax.params import to_flat
 from ares_jax.sampling.requests import rollout_request
 from ares_jax.service.client import RolloutClient
 from ares_jax.service.protocol import decode_group, encode_group, encode_request

@@ -11,12 +11,12 @@ import pytest
 from ares_jax.cold_start.sft import example, fine_tune
 from ares_jax.metrics import read_jsonl
 from ares_jax.models.lora import Lora, is_lora
-from ares_jax.models.params import to_flat
 from ares_jax.models.qwen2_5_vl.model import abstract_model, new_lora
 from ares_jax.parallel.sharding import make_mesh, place_model
+from ares_jax.params import to_flat
+from ares_jax.run.workspace import open_workspace
 from ares_jax.training import Update, initial_state, trainable
 from ares_jax.training.log_probs import token_statistics
-from ares_jax.workspace import open_workspace
 from configs.digits_cpu import get_config
 from data_pipeline.packing import pack
 from tests import digits

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ares_jax.evaluation.benchmark import Benchmark, Sample, Verdict
 from ares_jax.evaluation.final_answer import final_text
-from ares_jax.evaluation.grading import same_answer
 from ares_jax.evaluation.published import first_rows, image_bytes, value
+from ares_jax.rewards.grading import same_answer
 
 _FILES = ("hard_validation.jsonl", "*.parquet", "data/*.parquet", "*/train-*.parquet")
 

@@ -17,8 +17,8 @@ from jaxtyping import Float
 
 from ares_jax.evaluation.benchmark import Benchmark, Metric, Sample, Verdict
 from ares_jax.evaluation.final_answer import spoken
-from ares_jax.evaluation.grading import extract_answer
 from ares_jax.evaluation.published import first_rows, value
+from ares_jax.rewards.grading import extract_answer
 
 _FILES = ("*.parquet", "*/*.parquet", "*.jsonl", "*/*.jsonl", "*.json")
 _SUFFIX = """

@@ -9,12 +9,12 @@ are another score upstream and are not asked: ARES reports one number, and what 
 
 from pathlib import Path
 
-from ares_jax.evaluation.answer_text import cleaned
 from ares_jax.evaluation.benchmark import Benchmark, Sample, Verdict
-from ares_jax.evaluation.exact_rules import quantity
 from ares_jax.evaluation.final_answer import final_text
-from ares_jax.evaluation.grading import same_answer
 from ares_jax.evaluation.published import image_bytes, rows, value
+from ares_jax.rewards.answer_text import cleaned
+from ares_jax.rewards.exact_rules import quantity
+from ares_jax.rewards.grading import same_answer
 
 _TEXT_IN_CHART, _TEXT, _NUMBER_IN_CHART, _NUMBER = 1, 2, 3, 4
 _TYPES = {1: "text in chart", 2: "text in general", 3: "number in chart", 4: "number in general"}

@@ -14,11 +14,11 @@ import re
 from fractions import Fraction
 from pathlib import Path
 
-from ares_jax.evaluation.answer_text import cleaned
 from ares_jax.evaluation.benchmark import Benchmark, Metric, Sample, Verdict
-from ares_jax.evaluation.exact_rules import Quantity, quantity
 from ares_jax.evaluation.final_answer import final_text, letter, spoken
 from ares_jax.evaluation.published import image_bytes, rows, value
+from ares_jax.rewards.answer_text import cleaned
+from ares_jax.rewards.exact_rules import Quantity, quantity
 
 _GUIDE = """
 ## Answer Instruction Please provide an answer to the question outlined above. Your response should adhere to the following \

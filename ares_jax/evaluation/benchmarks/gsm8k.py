@@ -10,8 +10,8 @@ from pathlib import Path
 from ares_jax.evaluation.benchmark import Benchmark, Sample, Verdict
 from ares_jax.evaluation.benchmarks.math_500 import BOX_IT
 from ares_jax.evaluation.final_answer import final_text, spoken
-from ares_jax.evaluation.grading import same_answer
 from ares_jax.evaluation.published import rows, value
+from ares_jax.rewards.grading import same_answer
 
 
 def load(folder: Path) -> list[Sample]:

@@ -8,8 +8,8 @@ mathematics.
 from pathlib import Path
 
 from ares_jax.evaluation.benchmark import Benchmark, Sample, Verdict
-from ares_jax.evaluation.grading import extract_answer, same_answer
 from ares_jax.evaluation.published import rows, value
+from ares_jax.rewards.grading import extract_answer, same_answer
 
 BOX_IT = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ares_jax.evaluation.benchmark import Benchmark, Sample, Verdict
 from ares_jax.evaluation.final_answer import final_text, letter
-from ares_jax.evaluation.grading import same_answer
 from ares_jax.evaluation.published import image_bytes, rows, value
+from ares_jax.rewards.grading import same_answer
 
 _RULE = (
     "It is right only if it matches the reference completely; for questions without options the same meaning in another "

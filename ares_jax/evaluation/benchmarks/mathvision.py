@@ -9,12 +9,12 @@ Rules alone.
 
 from pathlib import Path
 
-from ares_jax.evaluation.answer_text import cleaned
 from ares_jax.evaluation.benchmark import Benchmark, Sample, Verdict
-from ares_jax.evaluation.exact_rules import quantity
 from ares_jax.evaluation.final_answer import LETTERS, final_text, letter, spoken
-from ares_jax.evaluation.grading import same_answer
 from ares_jax.evaluation.published import image_bytes, rows, value
+from ares_jax.rewards.answer_text import cleaned
+from ares_jax.rewards.exact_rules import quantity
+from ares_jax.rewards.grading import same_answer
 
 _INSTRUCTION = (
     'Please solve the problem step by step and put your answer in one "\\boxed{}". If it is a multiple choice question, '

@@ -11,12 +11,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ares_jax.evaluation.answer_text import cleaned
 from ares_jax.evaluation.benchmark import Benchmark, Sample, Verdict
-from ares_jax.evaluation.exact_rules import quantity
 from ares_jax.evaluation.final_answer import LETTERS, final_text, letter, untexted
-from ares_jax.evaluation.grading import same_answer
 from ares_jax.evaluation.published import image_bytes, rows, value
+from ares_jax.rewards.answer_text import cleaned
+from ares_jax.rewards.exact_rules import quantity
+from ares_jax.rewards.grading import same_answer
 
 _SAID = re.compile(r"=|\\approx|\b(?:approximately|about|roughly)\b")  # x = 14: 14
 _LONGEST = 200  # characters of an answer that is compared with the choices: edit distance takes quadratic time

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from ares_jax.evaluation.benchmark import Benchmark, Part, Sample, Verdict
 from ares_jax.evaluation.final_answer import LETTERS, final_text, letter, spoken
-from ares_jax.evaluation.grading import same_answer
 from ares_jax.evaluation.published import image_bytes, rows, value
+from ares_jax.rewards.grading import same_answer
 
 _CHOOSE = "Answer with the option's letter from the given choices directly."
 _OPEN = "Answer the question using a single word or phrase."

@@ -13,12 +13,12 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ares_jax.evaluation.answer_text import cleaned
 from ares_jax.evaluation.benchmark import Benchmark, Part, Sample, Verdict
-from ares_jax.evaluation.exact_rules import quantity
 from ares_jax.evaluation.final_answer import final_text, spoken
-from ares_jax.evaluation.grading import extract_answer, same_answer
 from ares_jax.evaluation.published import image_bytes, rows, value
+from ares_jax.rewards.answer_text import cleaned
+from ares_jax.rewards.exact_rules import quantity
+from ares_jax.rewards.grading import extract_answer, same_answer
 
 _FILES = ("OlympiadBench/OE_*/*.parquet",)
 _MATHS_EN = ("OlympiadBench/OE_TO_maths_en_COMP/*.parquet",)

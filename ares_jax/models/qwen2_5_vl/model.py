@@ -8,11 +8,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ares_jax.models.lora import Lora, is_lora
-from ares_jax.models.params import to_flat
 from ares_jax.models.qwen2_5_vl.config import Qwen25VLConfig
 from ares_jax.models.qwen2_5_vl.layers import Initializer
 from ares_jax.models.qwen2_5_vl.text import TextDecoder
 from ares_jax.models.qwen2_5_vl.vision import VisionInputs, VisionTower
+from ares_jax.params import to_flat
 
 
 class Qwen25VL(nnx.Module):

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ares_jax.models.params import to_flat
 from ares_jax.models.qwen2_5_vl import Qwen25VLConfig
 from ares_jax.models.qwen2_5_vl.model import abstract_model
+from ares_jax.params import to_flat
 from data_pipeline.packing import Segment
 
 _WINDOW = 64  # patches of a window, 8 x 8

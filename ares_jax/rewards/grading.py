@@ -2,9 +2,9 @@
 
 import re
 
-from ares_jax.evaluation.answer_text import cleaned
-from ares_jax.evaluation.exact_rules import exact_verdict
-from ares_jax.evaluation.verifier import same_mathematics
+from ares_jax.rewards.answer_text import cleaned
+from ares_jax.rewards.exact_rules import exact_verdict
+from ares_jax.rewards.verifier import same_mathematics
 
 _LONGEST = 10_000  # characters of an answer that is looked at
 _BOX = re.compile(r"\\boxed\s*\{")

@@ -14,29 +14,27 @@ import numpy as np
 from jaxtyping import Bool, Shaped
 from ml_collections import ConfigDict
 
-from ares_jax.aepo.trigger_words import WORDS, read_words, trigger_mask
 from ares_jax.checkpoints.folders import is_remote
 from ares_jax.checkpoints.huggingface import load_hf, read_config
 from ares_jax.checkpoints.manager import Checkpoints
 from ares_jax.checkpoints.orbax_params import is_converted, load_orbax
-from ares_jax.cli import save_config
-from ares_jax.environment import record_environment
 from ares_jax.errors import UserError
 from ares_jax.lifecycle.startup import STARTUP
 from ares_jax.models.lora import Lora, merged
-from ares_jax.models.params import narrower, to_flat, with_params
 from ares_jax.models.qwen2_5_vl import Qwen25VL, Qwen25VLConfig, TextConfig, VisionConfig
 from ares_jax.models.qwen2_5_vl.model import abstract_model, new_lora, new_model
 from ares_jax.parallel.distributed import barrier, gather, is_first, share, to_host
 from ares_jax.parallel.micro_batch import row_count, share_of
 from ares_jax.parallel.sharding import Placement, make_mesh, place_model
+from ares_jax.params import Params, narrower, to_flat, with_params
+from ares_jax.run.environment import record_environment, save_config
 from ares_jax.sampling import Engine
 from ares_jax.sampling.everyone import Everyone
 from ares_jax.sampling.local import LocalSampler
 from ares_jax.sampling.options import engine_options
+from ares_jax.sampling.trigger_words import WORDS, read_words, trigger_mask
 from ares_jax.service.client import RolloutClient
 from ares_jax.service.process import start_sampler
-from ares_jax.training.update import Params
 from data_pipeline import digits, tokenizer
 from data_pipeline.packing import Segment, pack
 from data_pipeline.prompts import Prompt, PromptEncoder
@@ -197,7 +195,7 @@ class Workspace:
                 f"{jax.process_count()} processes and no sampler: name running ones with sampler.url, or set "
                 "sampler.colocated=True"
             )
-        resolved = Path(__file__).parents[1] / "configs" / "resolved.py"
+        resolved = Path(__file__).parents[2] / "configs" / "resolved.py"
         arguments = [f"--config={resolved}:{self.folder / 'config.json'}", f"--workdir={self.folder}"]
         with start_sampler(arguments, folder=self.folder, timeout=s.start_timeout, drain_seconds=s.drain_seconds) as process:
             yield RolloutClient([process.url], patience=s.start_timeout)

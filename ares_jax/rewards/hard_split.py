@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ares_jax.evaluation.grading import is_correct
 from ares_jax.metrics import read_jsonl, write_atomic
+from ares_jax.rewards.grading import is_correct
 from ares_jax.service.endpoint import Response
 from data_pipeline.images import to_data_url
 from data_pipeline.sources import Source

@@ -18,8 +18,8 @@ from ares_jax.errors import UserError
 from ares_jax.metrics import read_jsonl
 from ares_jax.parallel.distributed import require_alone
 from ares_jax.parallel.sharding import make_mesh
-from ares_jax.training.update import Params
-from ares_jax.workspace import Workspace, open_workspace
+from ares_jax.params import Params
+from ares_jax.run.workspace import Workspace, open_workspace
 from data_pipeline.tokenizer import load_processors
 
 # One prompt's image attends to itself as a whole: memory grows with the square of its patches.

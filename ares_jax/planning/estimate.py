@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 from jax.sharding import AbstractMesh
 
-from ares_jax.flops import Flops, gradient_flops
-from ares_jax.models.params import count_parameters, to_flat
+from ares_jax.models.flops import Flops, gradient_flops
 from ares_jax.models.qwen2_5_vl import Qwen25VLConfig
 from ares_jax.models.qwen2_5_vl.model import abstract_model
 from ares_jax.parallel.chips import Chip
 from ares_jax.parallel.sharding import MESH_AXES, param_shardings
+from ares_jax.params import count_parameters, to_flat
 
 
 class Estimate(NamedTuple):

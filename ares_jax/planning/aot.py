@@ -23,16 +23,16 @@ from ares_jax.aepo.learner import Learner
 from ares_jax.cold_start.sft import fine_tuning_loss
 from ares_jax.errors import UserError
 from ares_jax.models.lora import Lora
-from ares_jax.models.params import narrower, to_flat
 from ares_jax.models.qwen2_5_vl import Qwen25VLConfig, VisionInputs
 from ares_jax.models.qwen2_5_vl.model import Qwen25VL, abstract_model
 from ares_jax.models.qwen2_5_vl.paged import cache_spec, cached_heads
 from ares_jax.parallel.chips import GPUS, TPUS
 from ares_jax.parallel.distributed import piece_shape
-from ares_jax.parallel.gpu_targets import target_config
-from ares_jax.parallel.hlo import Work, work
 from ares_jax.parallel.micro_batch import row_count
 from ares_jax.parallel.sharding import Placement, batch_sharding, make_mesh, place_model
+from ares_jax.params import narrower, to_flat
+from ares_jax.planning.gpu_targets import target_config
+from ares_jax.planning.hlo import Work, work
 from ares_jax.sampling.options import engine_options
 from ares_jax.sampling.programs import Programs, Prompts, Rows, cut_shapes
 from ares_jax.sampling.shapes import prompt_sizes, prompts_together

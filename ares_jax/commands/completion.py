@@ -41,8 +41,7 @@ def flags_of(command: str) -> list[str]:
 
 
 def _source(command: str) -> str:
-    path = Path(__file__).parent / command.replace(".", "/")
-    return (path / "__main__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
+    return (Path(__file__).parent / f"{command.rpartition('.')[2]}.py").read_text()
 
 
 def _fields(beginning: str) -> list[str]:

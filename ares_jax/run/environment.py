@@ -1,5 +1,6 @@
-"""Where and how a command ran: kept with the run, shown by its report."""
+"""With what config, where and how a command ran: kept with the run, shown by its report."""
 
+import json
 import os
 import platform
 import subprocess
@@ -9,9 +10,11 @@ from importlib import metadata
 from pathlib import Path
 
 import jax
+from ml_collections import ConfigDict
 
 from ares_jax import __version__
-from ares_jax.metrics import write_json
+from ares_jax.config import to_plain
+from ares_jax.metrics import write_atomic, write_json
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 
@@ -21,6 +24,11 @@ def record_environment(workdir: Path) -> None:
     program = Path(sys.argv[0])
     name = program.parent.name if program.stem == "__main__" else program.stem
     write_json(workdir / "environment" / f"{name}.json", _environment())
+
+
+def save_config(config: ConfigDict, workdir: Path) -> None:
+    """Writes the resolved tree to `workdir/config.json`, whole or not at all."""
+    write_atomic(workdir / "config.json", json.dumps(to_plain(config), indent=1))
 
 
 def _environment() -> dict[str, str]:

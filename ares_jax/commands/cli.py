@@ -1,7 +1,6 @@
 """What every command shares: flags, the resolved config, logging, the compilation cache and errors of one line."""
 
 import errno
-import json
 import multiprocessing
 import os
 import sys
@@ -15,11 +14,11 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from ares_jax import __version__, show_torch
-from ares_jax.config import to_plain
+from ares_jax.commands.flag_help import flag_help
 from ares_jax.errors import Preempted, UserError
-from ares_jax.flag_help import flag_help
 from ares_jax.lifecycle import preemption
 from ares_jax.lifecycle.memory import explained, is_out_of_memory
+from ares_jax.lifecycle.profiling import trace_steps
 from ares_jax.lifecycle.startup import STARTUP
 from ares_jax.metrics import write_atomic
 from ares_jax.parallel import distributed
@@ -30,6 +29,11 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configuration file, such as configs/digits_cpu.py; --config.section.field=value overrides a field"
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, report")
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0; found by itself on TPU and SLURM")
+_COUNT = flags.DEFINE_integer("num_processes", None, "processes of the run, all given the same command", 1)
+_INDEX = flags.DEFINE_integer("process_id", None, "number of this process, from 0", 0)
+_HEARTBEAT = flags.DEFINE_integer("heartbeat_timeout", 100, "seconds of silence after which a process is lost: all end", 2)
+_PROFILE = flags.DEFINE_string("profile_steps", "", "steps to trace, FIRST:LAST without LAST; into WORKDIR/.../profile")
 
 STOPPED = "stopped"  # file in the workdir, for launchers: the command ended with 0, but before its end
 Processes = Literal["together", "each", "first"]
@@ -50,7 +54,7 @@ def run(
     """
     show_torch()
     if {"--help", "-h"} & set(sys.argv[1:]):
-        print(flag_help(sys.modules["__main__"]))
+        print(flag_help(sys.modules[main.__module__]))
         return
     if "--version" in sys.argv[1:]:
         print(f"ares-jax {__version__}")
@@ -60,13 +64,14 @@ def run(
     workdir = None
     try:
         config, workdir = _parse(sys.argv, config_optional, workdir_optional)
+        trace_steps(_PROFILE.value)
         how = processes if isinstance(processes, str) else processes()
-        if how == "first" and (task := distributed.task())[0]:
+        if how == "first" and (task := distributed.task(_COUNT.value, _INDEX.value))[0]:
             said = f"task {task[0]} of {task[1]}: one process does this, task 0; --num_processes=1 makes this one do it, too"
             print(said, file=sys.stderr)
             return
         if how == "together":
-            distributed.initialize()
+            distributed.initialize(_COORDINATOR.value, _COUNT.value, _INDEX.value, heartbeat_timeout=_HEARTBEAT.value)
             STARTUP.mark("processes")
         _until_told(lambda: main(config, workdir), config, workdir, together=how == "together")
     except (UserError, DataError) as error:
@@ -157,8 +162,3 @@ def prepare_jax(workdir: Path) -> None:
     jax.config.update("jax_compilation_cache_dir", cache)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def save_config(config: ConfigDict, workdir: Path) -> None:
-    """Writes the resolved tree to `workdir/config.json`, whole or not at all."""
-    write_atomic(workdir / "config.json", json.dumps(to_plain(config), indent=1))

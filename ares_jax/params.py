@@ -10,6 +10,7 @@ from flax import nnx
 from ares_jax.errors import UserError
 
 Model = TypeVar("Model", bound=nnx.Module)
+Params = dict[str, jax.Array]  # flat
 
 
 def to_flat(model: nnx.Module) -> dict[str, Any]:

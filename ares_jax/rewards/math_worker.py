@@ -1,4 +1,4 @@
-"""The process behind `ares_jax.evaluation.verifier`: reads [given, wanted, tolerance] a line, answers true or false.
+"""The process behind `ares_jax.rewards.verifier`: reads [given, wanted, tolerance] a line, answers true or false.
 
 It runs as a script, not as part of the package, so that it loads sympy and nothing else. The kernel ends it when one pair
 takes too long: an interpreter inside a long integer power hears no signal handler.

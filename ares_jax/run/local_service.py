@@ -9,10 +9,10 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from ares_jax.cli import save_config
 from ares_jax.config import default_config
 from ares_jax.errors import UserError
-from ares_jax.inference.opening import published_config
+from ares_jax.run.environment import save_config
+from ares_jax.run.opening import published_config
 from ares_jax.service.process import start_sampler
 
 _RESOLVED = Path(__file__).parents[2] / "configs" / "resolved.py"
