@@ -156,8 +156,8 @@ def defined(path):
 
 @pytest.mark.parametrize("command", listed())
 def test_every_flag_has_a_topic_and_every_topic_flags(command):
-    path = command.replace(".", "/") + ("/__main__.py" if command == "cold_start" else ".py")
-    shared = defined("cli.py") | defined("parallel/distributed.py") | defined("lifecycle/profiling.py")
+    path = f"commands/{command.rpartition('.')[2]}.py"
+    shared = defined("commands/cli.py")
     named = set(flags_of(command))
     assert len(named) == len(flags_of(command)) and defined(path) <= named
     assert command == "infer" or named <= defined(path) | shared  # of infer, tests/test_infer.py
