@@ -33,6 +33,7 @@ class Drain:
         elif self.begun:
             body = json.dumps({"error": "the sampler is stopping; ask another one"}).encode()
             headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+            await _discard(receive)
             await send({"type": "http.response.start", "status": 503, "headers": headers})
             await send({"type": "http.response.body", "body": body})
         else:
@@ -41,3 +42,9 @@ class Drain:
                 await self._app(scope, receive, send)
             finally:
                 self._open -= 1
+
+
+async def _discard(receive: Receive) -> None:
+    """Reads a request's body to its end: a connection closed with bytes unread is reset, and the answer may be lost."""
+    while (message := await receive())["type"] == "http.request" and message.get("more_body"):
+        pass
