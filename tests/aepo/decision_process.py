@@ -113,9 +113,7 @@ def causal(process: Process, forks: set[tuple[int, ...]], *, roots: int, leaves:
     yield from grow(Tree(1.0, [()] * roots, [-1] * roots, [0] * roots), 0)
 
 
-def post_hoc(
-    process: Process, place: Callable[[tuple[int, ...]], int], *, roots: int, leaves: int
-) -> Iterator[Tree]:
+def post_hoc(process: Process, place: Callable[[tuple[int, ...]], int], *, roots: int, leaves: int) -> Iterator[Tree]:
     """Yields all trees whose roots are drawn first and then fork at `place(path)`: a choice that sees the whole path."""
     for tree in extended(process, Tree(1.0, [()] * roots, [-1] * roots, [0] * roots)):
         chosen = [(leaf, place(path)) for leaf, path in enumerate(tree.paths)]

@@ -25,8 +25,11 @@ def trees(draw):
     return parents, starts, lengths, draw(st.integers(1, roots))
 
 
-def by_definition(rewards, parents, starts, lengths):
-    """ "split", from method.md alone: values of prefixes, each a tuple of tokens (the leaf that owns it, its place)."""
+def by_definition(rewards, parents, starts, lengths, first_roots):
+    """ "split", from method.md: values of prefixes, each a tuple of tokens (the leaf that owns it, its place).
+
+    But for one thing: a first root is compared with the other first roots alone (`_split` says why).
+    """
     paths = []
     for leaf, (parent, start) in enumerate(zip(parents, starts, strict=True)):
         paths.append((*paths[parent][:start], *((leaf, n) for n in range(start, lengths[leaf]))) if parent >= 0 else
@@ -46,7 +49,8 @@ def by_definition(rewards, parents, starts, lengths):
     advantages, weights = [], []
     for leaf, path in enumerate(paths):
         weight, near = 1.0, None
-        others = [top for root, top in tops.items() if (root, 0) != path[0]]
+        first = path[0][0] in roots[:first_roots]
+        others = [tops[root] for root in (roots[:first_roots] if first else roots) if (root, 0) != path[0]]
         mine = np.zeros((2, len(path)))
         for n in range(len(path)):
             after = continuations(path[:n]) if n else {}
@@ -54,7 +58,7 @@ def by_definition(rewards, parents, starts, lengths):
                 weight /= len(after)
                 near = np.mean([v for token, v in after.items() if token != path[n]])
             far = np.mean(others) if others else near
-            base = value(path[: n + 1]) if far is None else far if near is None else (near + far) / 2
+            base = far or 0.0 if near is None else (near + far) / 2
             if path[n][0] == leaf:
                 mine[:, n] = value(path[: n + 1]) - base, weight
         advantages.append(mine[0])
@@ -69,7 +73,7 @@ def test_split_is_its_definition(tree, seed, kind):
     rewards = {"any": np.random.default_rng(seed).normal(size=len(parents)), "right": np.ones(len(parents)),
                "wrong": np.zeros(len(parents))}[kind]  # fmt: skip
     found = tree_advantages(rewards, parents, starts, lengths, first_roots=first_roots, tree="split")
-    for mine, expected in zip(found, by_definition(rewards, parents, starts, lengths), strict=True):
+    for mine, expected in zip(found, by_definition(rewards, *tree), strict=True):
         for a, b in zip(mine, expected, strict=True):
             assert a.dtype == np.float32
             np.testing.assert_allclose(a, b, atol=1e-6)
@@ -93,9 +97,7 @@ def expectation(process, enumerated, tree, roots):
 
 def contribution(process, outcome, tree, roots):
     rewards = np.array([process.reward[path] for path in outcome.paths])
-    found = tree_advantages(
-        rewards, outcome.parents, outcome.starts, [LENGTH] * len(rewards), first_roots=roots, tree=tree
-    )
+    found = tree_advantages(rewards, outcome.parents, outcome.starts, [LENGTH] * len(rewards), first_roots=roots, tree=tree)
     return outcome.contribution(process, *found)
 
 
@@ -113,35 +115,30 @@ def last_zero(path):
     return max((n for n in range(1, LENGTH) if path[n] == 0), default=0)
 
 
-def test_post_hoc_forks_bias_all_but_local():
-    process = decision_process.process(3)
-    trees = list(post_hoc(process, last_zero, roots=2, leaves=4))
-    assert sum(outcome.probability for outcome in trees) == pytest.approx(1)
-    for tree in ADVANTAGES:
-        estimate, exact = expectation(process, trees, tree, 2)
-        if tree == "local":
-            np.testing.assert_allclose(estimate, exact, atol=1e-6)
-        else:
-            direction = exact / np.linalg.norm(exact)
-            scaled = estimate * (exact @ exact) / (estimate @ exact)  # a factor is no bias
-            assert np.abs(scaled - exact).max() > 0.02, (tree, direction)
+CAUSAL = {(0,), (1,), (0, 1), (1, 0)}
+SOUND = [("split", "causal"), ("local", "causal"), ("local", "post-hoc")]
+BIASED = [("split", "post-hoc"), ("subtree", "post-hoc"), ("leaf", "post-hoc")]
 
 
-@pytest.mark.parametrize("tree, forks", [("split", "causal"), ("local", "causal"), ("local", "post-hoc")])
+@pytest.mark.parametrize("tree, forks", SOUND + BIASED)
 def test_two_hundred_thousand_groups(tree, forks):
-    """Drawn, the bias of a sound estimator is below 4 standard errors."""
+    """A sound estimator is below 4 standard errors of the exact gradient; the others are far from 0 where that is 0."""
     process, rng = decision_process.process(3), np.random.default_rng(0)
-    if forks == "causal":
-        outcomes = list(causal(process, {(0,), (1,), (0, 1), (1, 0)}, roots=2, leaves=4, most=1))
-    else:
-        outcomes = list(post_hoc(process, last_zero, roots=2, leaves=4))
+    found = causal(process, CAUSAL, roots=2, leaves=4, most=1) if forks == "causal" else None
+    outcomes = list(found or post_hoc(process, last_zero, roots=2, leaves=4))
     estimates = np.array([contribution(process, outcome, tree, 2) for outcome in outcomes])
     chances = np.array([outcome.probability for outcome in outcomes])
+    assert chances.sum() == pytest.approx(1)
     counts = rng.multinomial(200_000, chances / chances.sum())
     mean = counts @ estimates / 200_000
     error = np.sqrt((counts @ estimates**2 / 200_000 - mean**2) / 200_000)
     exact = expectation(process, outcomes, tree, 2)[1]
-    assert (np.abs(mean - exact) < 4 * error + 1e-7).all() and (error < 0.01).all()
+    bias = np.abs(mean - exact) / (error + 1e-9)
+    if (tree, forks) in SOUND:
+        assert (bias < 4).all() and (error < 0.01).all()
+        np.testing.assert_allclose(chances @ estimates, exact, atol=1e-6)
+    else:
+        assert bias[exact == 0].max() > 8
 
 
 def test_local_by_hand():
