@@ -162,7 +162,12 @@ def default_config() -> ConfigDict:
     a.minibatches = 4  # updates per iteration (512 prompts, global batch 128)
     a.group_size = 8  # leaves of a rollout tree
     a.root_leaves = 4  # of which this many start at the root; group_size: no branching
-    a.max_branches_per_sequence = 2
+    a.max_branches_per_sequence = 2  # of a first root
+    # Where a leaf forks for a window: "window_end", as its last distribution is known and no token is drawn from it yet; or
+    # "window_start", as the paper draws it, which the parent has left behind by then
+    a.branch_at = "window_end"
+    # Which windows fork: the "first" ones, whatever comes later; or the "highest", chosen once the roots have ended
+    a.branch_choice = "first"
     a.window = 4  # tokens of an entropy window
     a.trigger_words = ""  # file of trigger words, one a line (ares_jax.cold_start.triggers mines one); empty: our list
     a.tau_definition = "trajectory"  # or "window_median": batch median of the quantile of window means
@@ -176,13 +181,19 @@ def default_config() -> ConfigDict:
     a.target_decay = 0.9  # EMA of windows per bucket: the target of later iterations
     a.overlong_buffer = 0  # DAPO's penalty on overlong answers: tokens before the limit over which it grows; 0: none
     a.overlong_penalty = 1.0  # its size at the limit
-    a.baseline = "grpo"  # or "rloo"
-    a.tree = "subtree"  # shared tokens count once, with the mean advantage of the leaves below; or "leaf"
+    # Advantages on trees (ares_jax/aepo/advantage.py). Unbiased: "split", where children count for their prefix, too (only
+    # with the first forks, at window ends), and "local", where they do not (any forks). Biased, as the paper words it:
+    # "subtree", the mean advantage of the leaves below a token; "leaf", leaves as independent samples. Without branches
+    # "split" and "local" are RLOO, and "leaf" with aepo.scale="group" is GRPO
+    a.tree = "split"
+    # What advantages are divided by: the std of accuracy over a "batch"'s roots; over a "group", of its rewards; "none"
+    a.scale = "batch"
     a.entropy_bonus = 0.0  # weight of Algorithm 1's token bonus
     a.entropy_bonus_levels = (1.0, 1.0, 1.0)  # its lambda_d: factors of that for easy, medium, hard problems
     a.entropy_bonus_centred = False  # its b: take the mean bonus of an update's tokens from each token
     a.clip_low, a.clip_high, a.clip_dual = 0.2, 0.3, 3.0
-    a.reduction = "token"  # or "seq"
+    # "token": the mean over the batch's tokens; "seq": over each leaf's, a shared token's by its owner's length, then leaves
+    a.reduction = "token"
     a.old_log_probs = "sampler"  # denominator of the ratio; "recomputed": the learner's own, with truncated IS
     a.importance_cap = 2.0
     kl = a.kl = ConfigDict()
@@ -195,7 +206,8 @@ def default_config() -> ConfigDict:
     kl.rate = 0.1  # alpha_k
     kl.minimum, kl.maximum = 1e-4, 0.5
     f = a.filter = ConfigDict()
-    f.low, f.high = 0.01, 0.99  # groups with a mean reward outside are dropped
+    f.by = "accuracy"  # mean over a group's leaves; "reward": the overall reward, shaping and all (the paper's wording)
+    f.low, f.high = 0.01, 0.99  # groups whose mean lies outside are dropped
     f.attempts = 20  # rounds of drawing before giving up
     a.save_every = 20  # steps; those that are validated are saved besides
     a.validate_every = 20

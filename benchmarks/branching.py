@@ -22,7 +22,7 @@ from ares_jax.errors import UserError
 from ares_jax.rewards.grading import is_correct
 from ares_jax.run.workspace import open_workspace
 from ares_jax.sampling.requests import derive_seed, rollout_request
-from ares_jax.sampling.trajectory import RolloutGroup, Trajectory
+from ares_jax.sampling.rollout_tree import RolloutTree, Trajectory
 from data_pipeline.prompts import Prompt
 
 _STAGE = flags.DEFINE_string("stage", "cold_start", "whose weights sample: base, cold_start or aepo")
@@ -83,7 +83,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     print(table(rows, rng))
 
 
-def equal_tokens(samples: RolloutGroup, tree: RolloutGroup, rng: np.random.Generator) -> list[Trajectory]:
+def equal_tokens(samples: RolloutTree, tree: RolloutTree, rng: np.random.Generator) -> list[Trajectory]:
     """Returns the first samples, in number such that their expected tokens are those that the tree computed."""
     left = sum(len(leaf.token_ids) - leaf.branch_position for leaf in tree.leaves)
     chosen: list[Trajectory] = []

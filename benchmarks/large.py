@@ -41,7 +41,8 @@ from ares_jax.parallel.sharding import make_mesh, place_model
 from ares_jax.params import to_flat
 from ares_jax.sampling import Engine, EngineOptions, RolloutRequest
 from ares_jax.training import initial_state, make_optimizer, trainable
-from benchmarks.learner_peer import leaf_segments, random_group, torch_optimizer, torch_update
+from benchmarks.learner_peer import torch_optimizer, torch_update
+from benchmarks.random_trees import leaf_segments, random_group
 from data_pipeline.packing import Segment, pack
 from data_pipeline.prompts import Prompt
 

@@ -33,7 +33,8 @@ from ares_jax.run.workspace import open_workspace
 from ares_jax.training import initial_state, make_optimizer, trainable
 from ares_jax.training.update import TrainState
 from benchmarks import large
-from benchmarks.learner_peer import leaf_segments, random_group, torch_optimizer, torch_update
+from benchmarks.learner_peer import torch_optimizer, torch_update
+from benchmarks.random_trees import leaf_segments, random_group
 from data_pipeline.packing import Segment, pack, padding_share
 
 _LARGE = flags.DEFINE_bool("large", False, "a published shape in bfloat16, learner and sampler: benchmarks/large.py")

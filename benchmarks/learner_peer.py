@@ -1,4 +1,4 @@
-"""Random rollouts, and AEPO's update of them in PyTorch by the definitions of method.md: the learner's peer."""
+"""AEPO's update in PyTorch by the definitions of method.md: the learner's peer."""
 
 from collections.abc import Sequence
 
@@ -7,46 +7,7 @@ import torch
 from ml_collections import ConfigDict
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from ares_jax.aepo.batch import leaf_extras
-from ares_jax.aepo.scoring import ScoredGroup
-from ares_jax.aepo.state import AepoState
-from ares_jax.sampling.trajectory import RolloutGroup, Trajectory
-from data_pipeline.packing import Segment, response_segment
-from data_pipeline.prompts import Prompt
-
-_ROOTS, _BRANCHES = 4, 4
-
-
-def leaf_segments(groups: Sequence[ScoredGroup], state: AepoState, a: ConfigDict) -> list[Segment]:
-    """Returns every leaf as a segment of its own, with what the loss needs."""
-    return [
-        response_segment(s.prompt, leaf.token_ids, extras)
-        for s, group in zip(groups, leaf_extras(groups, state, a), strict=True)
-        for leaf, extras in zip(s.group.leaves, group, strict=True)
-    ]
-
-
-def random_group(
-    prompt: Prompt, rng: np.random.Generator, allowed: np.ndarray, *, shortest: int = 15, longest: int = 45
-) -> ScoredGroup:
-    """Returns a tree of random leaves, of `shortest` to `longest` - 1 tokens, half of them branches at random places."""
-    choices = np.flatnonzero(allowed)
-    leaves: list[Trajectory] = []
-    for number in range(_ROOTS + _BRANCHES):
-        parent = int(rng.integers(_ROOTS)) if number >= _ROOTS else -1
-        start = int(rng.integers(1, len(leaves[parent].token_ids))) if parent >= 0 else 0
-        own = rng.choice(choices, int(rng.integers(shortest, longest)) - min(start, shortest - 1))
-        tokens = np.concatenate([leaves[parent].token_ids[:start], own]) if parent >= 0 else own
-        n = len(tokens)
-        leaves.append(
-            Trajectory(
-                tokens, -4 - rng.random(n), rng.random(n), rng.random(n), rng.random(n) < 0.1, np.zeros(n, int), parent,
-                start, "stop",
-            )
-        )  # fmt: skip
-    correct = rng.random(len(leaves)) < 0.5
-    group = RolloutGroup(prompt.problem_id, tuple(leaves), len(prompt.token_ids), 0, 0)
-    return ScoredGroup(prompt, group, int(rng.integers(3)), correct, np.zeros(len(leaves)), correct.astype(float))
+from data_pipeline.packing import Segment
 
 
 def torch_optimizer(policy: torch.nn.Module, config: ConfigDict, learning_rate: float) -> torch.optim.Optimizer:
@@ -75,8 +36,9 @@ def torch_update(
         log_probs = _torch_log_probs(policy, part, mask)
         with torch.no_grad():
             d = _torch_log_probs(reference, part, mask) - log_probs
-        extra = {name: torch.tensor(_padded([s.extras[name] for s in part]), device=device) for name in part[0].extras}
-        counted = extra["bucket"] > 0
+        names = part[0].token_fields
+        extra = {name: torch.tensor(_padded([s.token_fields[name] for s in part]), device=device) for name in names}
+        counted = extra["loss_mask"]
         d = torch.where(counted, d + log_probs.detach() - log_probs, 0.0)
         advantage = extra["advantage"]
         ratio = torch.exp(torch.where(counted, log_probs - extra["old_log_prob"], 0.0).clamp(-20, 20))

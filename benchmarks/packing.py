@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from configs import qwen2_5_vl_7b_aepo, qwen2_5_vl_7b_cold_start
 from data_pipeline.packing import leaf_runs, plan_batches, shapes
 from data_pipeline.prompts import Prompt
+from data_pipeline.tree_layout import tree_layout
 from data_pipeline.tree_segments import tree_segment
 
 _CHIPS, _LONGEST = 8, 16_384
@@ -32,9 +33,10 @@ def tree(rng: np.random.Generator) -> tuple[np.ndarray, int]:
         responses.append(np.zeros(max(end, start + 1), np.int32))
         parents.append(parent)
         starts.append(start)
+    layout = tree_layout(parents, starts, [len(response) for response in responses])
     empty = np.zeros((0, 1176), np.float32), np.zeros((0, 3), np.int32)
     prompt = Prompt("", "", "", "", "", (), np.zeros(length, np.int32), *empty, np.zeros((3, length), np.int32), 0)
-    return leaf_runs(tree_segment(prompt, responses, parents, starts, [{}] * 8)), 3 * length
+    return leaf_runs(tree_segment(prompt, np.zeros(len(layout.first_leaf), np.int32), *layout[2:], {})), 3 * length
 
 
 def sequence(rng: np.random.Generator) -> tuple[np.ndarray, int]:

@@ -11,14 +11,15 @@ from ml_collections import ConfigDict
 from ares_jax.errors import UserError
 
 _PLAIN = {"root_leaves": 8, "shaping": "none", "entropy_bonus": 0.0, "kl.dynamic": False}  # of 8: no branching
+_GRPO = {"tree": "leaf", "scale": "group"}
 METHODS = {
     "aepo": {},
     "entropy_shaping": {"root_leaves": 8},
     "dynamic_kl": {**_PLAIN, "kl.dynamic": True},
-    "grpo": {**_PLAIN, "baseline": "grpo"},
-    "rloo": {**_PLAIN, "baseline": "rloo"},
+    "grpo": {**_PLAIN, **_GRPO},
+    "rloo": {**_PLAIN, "tree": "local", "scale": "none"},
     "dapo": {
-        **_PLAIN, "baseline": "grpo", "kl.weight": 0.0, "clip_low": 0.2, "clip_high": 0.28, "clip_dual": 1e9,
+        **_PLAIN, **_GRPO, "kl.weight": 0.0, "clip_low": 0.2, "clip_high": 0.28, "clip_dual": 1e9,
         "reduction": "token", "filter.low": 0.01, "filter.high": 0.99,
     },
 }  # fmt: skip

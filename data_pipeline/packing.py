@@ -6,38 +6,38 @@ Two budgets at once: tokens and pixel patches of a row. Trees are cut between le
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
+from data_pipeline import micro_batch
 from data_pipeline.errors import DataError
+from data_pipeline.micro_batch import FIELDS, MODEL_FIELDS, PATCH_VALUES, TREE_FIELDS, MicroBatch
 from data_pipeline.placeholders import grid_sizes, vision_spans
 from data_pipeline.prompts import Prompt
 from data_pipeline.row_plan import Part, plan_rows
 from data_pipeline.vision_layout import vision_layout
 
-MERGED = 4  # patches that the vision tower makes one token of
-# Of a segment that is a tree (data_pipeline/tree_segments.py).
-TREE_EXTRAS = ("back", "first_leaf", "last_leaf")
+PATCHES_PER_TOKEN = 4  # that the vision tower merges
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One sequence with its images, or a tree of sequences. `extras` are per-token arrays that travel with it."""
+    """One sequence with its images, or a tree of sequences (data_pipeline/tree_segments.py)."""
 
     token_ids: Int[np.ndarray, "T"]
     positions: Int[np.ndarray, "3 T"]
     patches: Float[np.ndarray, "P 1176"]
     grid_thw: Int[np.ndarray, "I 3"]
-    extras: Mapping[str, Shaped[np.ndarray, "T"]] = field(default_factory=dict)
+    token_fields: Mapping[str, Shaped[np.ndarray, "T"]] = field(default_factory=dict)  # those of `MicroBatch`, or others
     problem_id: str = "?"  # for errors
 
 
 def response_segment(
-    prompt: Prompt, response: Int[np.ndarray, "N"], extras: Mapping[str, Shaped[np.ndarray, "N"]]
+    prompt: Prompt, response: Int[np.ndarray, "N"], fields: Mapping[str, Shaped[np.ndarray, "N"]]
 ) -> Segment:
-    """Returns prompt and response as one segment; the extras, given for the response, are 0 on the prompt."""
+    """Returns prompt and response as one segment; the fields, given for the response, are 0 on the prompt."""
     tokens = len(prompt.token_ids)
     after = np.broadcast_to(np.arange(tokens, tokens + len(response)) + prompt.rope_delta, (3, len(response)))
     return Segment(
@@ -45,9 +45,18 @@ def response_segment(
         np.concatenate([prompt.positions, after], axis=1).astype(np.int32),
         prompt.patches,
         prompt.grid_thw,
-        {name: np.concatenate([np.zeros(tokens, value.dtype), value]) for name, value in extras.items()},
+        {name: np.concatenate([np.zeros(tokens, value.dtype), value]) for name, value in fields.items()},
         prompt.problem_id,
     )
+
+
+def empty_segment(dtypes: Mapping[str, np.dtype]) -> Segment:
+    """Returns a tree of one token that counts nothing, with fields of these types."""
+    kinds = dict(dtypes) | dict.fromkeys(TREE_FIELDS, np.dtype(np.int32))
+    return Segment(
+        np.zeros(1, np.int32), np.zeros((3, 1), np.int32), np.zeros((0, PATCH_VALUES), np.float32),
+        np.zeros((0, 3), np.int32), {name: np.zeros(1, kind) for name, kind in kinds.items()},
+    )  # fmt: skip
 
 
 def _alone(value: Any) -> list[Any]:
@@ -72,17 +81,15 @@ def pack(
     parts: int = 1,
     gather: Callable[[Any], list[Any]] = _alone,
     placeholder_ids: Collection[int] | None = None,
-) -> list[dict[str, Shaped[np.ndarray, "B ..."]]]:
+) -> list[MicroBatch]:
     """Returns micro-batches that hold every segment once: full ones, then at most one of each smaller shape of `shapes`.
 
-    A micro-batch holds, for B = rows, T = row_tokens, P = row_patches:
-      tokens [B, T] int32; segment_ids [B, T] int32 (0 padding, then 1, 2, ... in a row); positions [B, 3, T] int32;
-      patches [B, P, 1176] float32; patch_positions [B, P, 2], patch_window_ids [B, P], patch_frame_ids [B, P] int32;
-      and every extra as [B, T], padded with 0. The patches of a row stand in the order of its image tokens.
+    A micro-batch holds the model's fields of `MicroBatch`, for B = rows, T = row_tokens, P = row_patches, and the segments'
+    own as [B, T], padded with 0.
 
     Args:
-      segments: those with the extras `TREE_EXTRAS` are trees. Where one is cut, it stands in several rows, each with what
-        leads to its leaves; other extras are then 0 at what another row has, too.
+      segments: those with `TREE_FIELDS` are trees. Where one is cut, it stands in several rows, each with what leads to its
+        leaves; `loss_mask` then says in which of them a token counts.
       parts: into how many the rows are split, one a device.
       gather: returns what each process gave, to all: they then get micro-batches of the same shapes.
       placeholder_ids: the tokens that the model gives features to, counted in every segment; without it, nobody counts.
@@ -104,7 +111,7 @@ def pack(
     choices = shapes(rows, row_tokens, row_patches, halvings=halvings, parts=parts)
     chosen, plan = plan_batches(sizes, patches, choices, gather)
     filled = iter([[_run(segments[i], start, stop) for i, start, stop in row] for row in plan])
-    return [_fill(list(itertools.islice(filled, s.rows)), s, segments[0].extras) for s in chosen]
+    return [_fill(list(itertools.islice(filled, s.rows)), s, segments[0].token_fields) for s in chosen]
 
 
 def check_placeholders(segment: Segment, placeholder_ids: Collection[int]) -> None:
@@ -150,7 +157,7 @@ def plan_batches(
     return micro_batch_shapes(joint, choices), plan or []
 
 
-def padding_share(batches: Sequence[Mapping[str, Shaped[np.ndarray, "B ..."]]]) -> float:
+def padding_share(batches: Sequence[MicroBatch]) -> float:
     """Returns which share of the batches' tokens is nothing."""
     return 1 - sum((b["segment_ids"] > 0).sum() for b in batches) / sum(b["segment_ids"].size for b in batches)
 
@@ -162,7 +169,7 @@ def shapes(rows: int, row_tokens: int, row_patches: int, *, halvings: int, parts
     for _ in range(halvings):
         s = found[-1]
         fewer = s.rows % (2 * parts) == 0
-        patches = max(s.row_patches // (2 * MERGED) * MERGED, min(s.row_patches, MERGED))
+        patches = max(s.row_patches // (2 * PATCHES_PER_TOKEN) * PATCHES_PER_TOKEN, min(s.row_patches, PATCHES_PER_TOKEN))
         shorter = Shape(s.rows, s.row_tokens // 2, patches)
         found.append(s._replace(rows=s.rows // 2) if fewer else shorter)
     return found
@@ -177,9 +184,9 @@ def micro_batch_shapes(budget: int, choices: Sequence[Shape]) -> list[Shape]:
 
 def leaf_runs(segment: Segment) -> Int[np.ndarray, "N N"]:
     """Returns, for n leaves [n + 1, n + 1]: at [a, b] the tokens of leaves a to b - 1 as one segment. No tree: one leaf."""
-    if TREE_EXTRAS[0] not in segment.extras:
+    if TREE_FIELDS[0] not in segment.token_fields:
         return np.array([[0, len(segment.token_ids)], [0, 0]])
-    first, last = segment.extras["first_leaf"], segment.extras["last_leaf"]
+    first, last = segment.token_fields["first_leaf"], segment.token_fields["last_leaf"]
     n = int(last.max()) + 1
     count = np.bincount(first * n + last, minlength=n * n).reshape(n, n)
     runs = np.zeros((n + 1, n + 1), np.int64)
@@ -189,35 +196,31 @@ def leaf_runs(segment: Segment) -> Int[np.ndarray, "N N"]:
 
 def _run(segment: Segment, start: int, stop: int) -> Segment:
     """Returns the leaves `start` to `stop - 1` of a tree. What they share with earlier ones counts there."""
-    if TREE_EXTRAS[0] not in segment.extras:
+    if TREE_FIELDS[0] not in segment.token_fields:
         return segment
-    back, first, last = (segment.extras[name] for name in TREE_EXTRAS)
+    offset, first, last = (segment.token_fields[name] for name in TREE_FIELDS)
     kept = (first < stop) & (last >= start)
     place = np.cumsum(kept) - 1
     old = np.flatnonzero(kept)
     tree = (
-        place[old] - place[old - back[old]],
+        place[old] - place[old - offset[old]],
         np.maximum(first[old], start) - start,
         np.minimum(last[old], stop - 1) - start,
     )
-    owned = first[old] >= start
-    extras = {name: np.where(owned, value[old], 0).astype(value.dtype) for name, value in segment.extras.items()}
-    extras |= {name: value.astype(np.int32) for name, value in zip(TREE_EXTRAS, tree, strict=True)}
-    return replace(segment, token_ids=segment.token_ids[old], positions=segment.positions[:, old], extras=extras)
+    fields = {name: value[old] for name, value in segment.token_fields.items()}
+    fields |= {name: value.astype(np.int32) for name, value in zip(TREE_FIELDS, tree, strict=True)}
+    if "loss_mask" in fields:
+        fields["loss_mask"] = fields["loss_mask"] & (first[old] >= start)
+    return replace(segment, token_ids=segment.token_ids[old], positions=segment.positions[:, old], token_fields=fields)
 
 
-def _fill(plan: list[list[Segment]], shape: Shape, extras: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _fill(plan: list[list[Segment]], shape: Shape, fields: Mapping[str, np.ndarray]) -> MicroBatch:
     rows, row_tokens, row_patches = shape
-    batch: dict[str, np.ndarray] = {
-        "tokens": np.zeros((rows, row_tokens), np.int32),
-        "segment_ids": np.zeros((rows, row_tokens), np.int32),
-        "positions": np.zeros((rows, 3, row_tokens), np.int32),
-        "patches": np.zeros((rows, row_patches, 1176), np.float32),
-        "patch_positions": np.zeros((rows, row_patches, 2), np.int32),
-        "patch_window_ids": np.zeros((rows, row_patches), np.int32),
-        "patch_frame_ids": np.zeros((rows, row_patches), np.int32),
-    }
-    for name, value in extras.items():
+    sizes = micro_batch.shapes(MODEL_FIELDS, rows=rows, row_tokens=row_tokens, row_patches=row_patches)
+    batch: dict[str, np.ndarray] = {name: np.zeros(*size) for name, size in sizes.items()}
+    for name, value in fields.items():
+        if name in FIELDS and value.dtype != FIELDS[name].dtype:
+            raise ValueError(f"field {name} has type {value.dtype}, a micro-batch's has {np.dtype(FIELDS[name].dtype)}")
         batch[name] = np.zeros((rows, row_tokens), value.dtype)
     for r, members in enumerate(plan):
         if not members:
@@ -228,7 +231,7 @@ def _fill(plan: list[list[Segment]], shape: Shape, extras: Mapping[str, np.ndarr
             batch["tokens"][r, span] = segment.token_ids
             batch["segment_ids"][r, span] = number
             batch["positions"][r, :, span] = segment.positions
-            for name, value in segment.extras.items():
+            for name, value in segment.token_fields.items():
                 batch[name][r, span] = value
             token = span.stop
         layout = vision_layout(np.concatenate([s.grid_thw for s in members]))
@@ -237,4 +240,4 @@ def _fill(plan: list[list[Segment]], shape: Shape, extras: Mapping[str, np.ndarr
         batch["patch_positions"][r, :count] = layout.position_hw
         batch["patch_window_ids"][r, :count] = layout.window_ids
         batch["patch_frame_ids"][r, :count] = layout.frame_ids
-    return batch
+    return cast(MicroBatch, batch)

@@ -11,6 +11,7 @@ from ares_jax.models.qwen2_5_vl.attention import causal_mask
 from ares_jax.models.qwen2_5_vl.model import abstract_model
 from ares_jax.parallel.chips import peak_flops, utilization
 from data_pipeline.packing import response_segment
+from data_pipeline.tree_layout import tree_layout
 from data_pipeline.tree_segments import tree_segment
 from tests import digits
 
@@ -42,8 +43,10 @@ def test_a_pass_costs_what_the_compiler_counts():
 def test_the_pairs_that_attend_are_those_of_the_mask():
     (prompt,) = digits.prompts(1)
     leaves = [np.arange(9), np.arange(7), np.arange(8), np.arange(5)]
-    tree = tree_segment(prompt, leaves, [-1, 0, 1, -1], [0, 3, 5, 0], [{}] * 4)
-    spans = jnp.array([[tree.extras["first_leaf"], tree.extras["last_leaf"]]])
+    layout = tree_layout([-1, 0, 1, -1], [0, 3, 5, 0], list(map(len, leaves)))
+    tokens = np.zeros(len(layout.first_leaf), int)
+    tree = tree_segment(prompt, tokens, layout.first_leaf, layout.last_leaf, layout.predictor, {})
+    spans = jnp.array([[tree.token_fields["first_leaf"], tree.token_fields["last_leaf"]]])
     ones = jnp.ones((1, len(tree.token_ids)), int)
     assert _seen(tree) == causal_mask(ones, spans).sum()
     line = response_segment(prompt, np.arange(5), {})

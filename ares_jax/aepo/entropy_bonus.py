@@ -2,7 +2,7 @@
 
 psi_t = lambda_d phi([mean_t - tau]+) m_t - b. Its lambda_d is a setting, `aepo.entropy_bonus` times a factor of the bucket,
 not the reward's multiplier: for easy problems that grows with their excess and would pay for more of it. b is 0 or the mean
-of the first term (`aepo.batch.leaf_extras`).
+of the first term (`aepo.batch.token_fields`).
 """
 
 from jaxtyping import Array, Bool, Float

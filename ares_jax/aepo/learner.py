@@ -34,19 +34,19 @@ class Learner:
         estimator, cap, recompute = aepo.kl.estimator, aepo.importance_cap, self._recompute
 
         def loss(params: Params, batch: Batch):
-            counted = batch["bucket"] > 0
+            counted = batch["loss_mask"]
             log_probs, entropies = statistics(params, batch)
             sampled = batch["old_log_prob"]
-            old = batch["recomputed"] if recompute else sampled
+            old = batch["recomputed_log_prob"] if recompute else sampled
             terms, clipped = surrogate_terms(log_probs, old, batch["advantage"], **clip)
             if recompute:
                 terms = terms * importance_weights(old, sampled, cap)
             sums = {f"clip_{name}": jnp.sum(flag & counted) for name, flag in clipped.items()}
-            if "reference" in batch:
-                kl = jnp.where(counted, per_token_kl(log_probs, batch["reference"], estimator), 0.0)
+            if "reference_log_prob" in batch:
+                kl = jnp.where(counted, per_token_kl(log_probs, batch["reference_log_prob"], estimator), 0.0)
                 terms = terms + batch["kl_weight"] * kl
-                here = batch["bucket"] == jnp.arange(1, 4)[:, None, None]
-                outside = here & (batch["in_window"] == 0)
+                here = counted & (batch["difficulty"] == jnp.arange(3)[:, None, None])
+                outside = here & ~batch["in_window"]
                 sums |= {
                     "kl": jnp.sum(here * kl, axis=(1, 2)), "kl_tokens": jnp.sum(here, axis=(1, 2)),
                     "control_kl": jnp.sum(outside * kl, axis=(1, 2)), "control_tokens": jnp.sum(outside, axis=(1, 2)),
@@ -54,7 +54,7 @@ class Learner:
             sums["tokens"] = jnp.sum(counted)
             sums["entropy"] = jnp.sum(jnp.where(counted, entropies, 0.0))
             sums["mismatch"] = jnp.sum(jnp.where(counted, jnp.abs((old if recompute else log_probs) - sampled), 0.0))
-            # A select, not a product: what stands at tokens that do not count may be infinite.
+            # A select, not a product: at tokens that do not count, terms may be infinite.
             return jnp.sum(jnp.where(counted, batch["weight"] * terms, 0.0)), sums
 
         self._update = Update(loss, optimizer, placement, trainable)
@@ -67,7 +67,8 @@ class Learner:
 
     def lower(self, state: TrainState, batch: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Lower]:
         """Returns what lowers the programs of an update as `Update.lower` does, and `log_probs`, over fixed weights."""
-        fixed = {name: value for name, value in batch.items() if name not in ("reference", "recomputed")}
+        later = ("reference_log_prob", "recomputed_log_prob")
+        fixed = {name: value for name, value in batch.items() if name not in later}
         log_probs = in_mesh(self._placement, lambda: self._log_probs.lower(state.params, fixed))
         return {"log_probs": log_probs, **self._update.lower(state, batch)}
 
@@ -94,9 +95,9 @@ class Learner:
         """
         fixed: dict[str, Sequence[np.ndarray]] = {}  # on the host: the devices hold one micro-batch at a time
         if self._recompute:
-            fixed["recomputed"] = self.log_probs(state.params, batches) if old is None else old
+            fixed["recomputed_log_prob"] = self.log_probs(state.params, batches) if old is None else old
         if reference is not None:
-            fixed["reference"] = self.log_probs(self._placement.put({**state.params, **reference}), batches)
+            fixed["reference_log_prob"] = self.log_probs(self._placement.put({**state.params, **reference}), batches)
         micro_batches = [
             {**batch, **{name: values[number] for name, values in fixed.items()}} for number, batch in enumerate(batches)
         ]

@@ -22,13 +22,14 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from ares_jax.aepo import state as aepo_state
-from ares_jax.aepo.batch import learner_segments
+from ares_jax.aepo.advantage import ADVANTAGES
+from ares_jax.aepo.batch import SCALES, learner_segments
 from ares_jax.aepo.difficulty import NAMES, RULES, noted
-from ares_jax.aepo.filtering import keep_group, pass_rate_histogram
+from ares_jax.aepo.filtering import FILTERS, keep_tree, pass_rate_histogram
 from ares_jax.aepo.kl import ESTIMATORS
 from ares_jax.aepo.learner import Learner
 from ares_jax.aepo.reward import overlong_penalty
-from ares_jax.aepo.scoring import ScoredGroup, grade, score
+from ares_jax.aepo.scoring import grade, score
 from ares_jax.aepo.windows import batch_threshold
 from ares_jax.errors import Preempted, UserError
 from ares_jax.evaluation.harness import evaluate, overall_accuracy
@@ -42,11 +43,13 @@ from ares_jax.parallel.distributed import gather, interleaved, is_first, joint_p
 from ares_jax.params import to_flat
 from ares_jax.rewards.hard_split import held_out
 from ares_jax.run.workspace import Workspace, colocated, everyone
+from ares_jax.sampling.branching import BRANCH_AT, BRANCH_CHOICES, is_causal
 from ares_jax.sampling.requests import derive_seed, rollout_request
-from ares_jax.sampling.trajectory import RolloutGroup
+from ares_jax.sampling.rollout_tree import RolloutTree
 from ares_jax.training import abstract_state, initial_state, make_optimizer, make_schedule, trainable
 from data_pipeline.images import to_data_url
-from data_pipeline.packing import MERGED, Segment, padding_share
+from data_pipeline.micro_batch import MicroBatch
+from data_pipeline.packing import PATCHES_PER_TOKEN, Segment, padding_share
 from data_pipeline.prompts import Prompt
 from data_pipeline.reading import HoldingOut
 
@@ -54,10 +57,7 @@ from data_pipeline.reading import HoldingOut
 class _Draw(NamedTuple):
     """The trees that this process drew at one time."""
 
-    prompts: list[Prompt]
-    groups: list[RolloutGroup]
-    correct: list[np.ndarray]  # of each group, which leaves are
-    formatted: list[int]  # of each group, how many leaves are
+    trees: list[RolloutTree]  # graded
     state: aepo_state.AepoState  # they were drawn in
     seconds: float
     waited: float  # seconds of them, for prompts
@@ -66,8 +66,8 @@ class _Draw(NamedTuple):
 class _Batch(NamedTuple):
     """The trees of one iteration, of all processes."""
 
-    drawn: list[ScoredGroup]
-    kept: list[ScoredGroup]  # by the filter, as many as are learned from
+    drawn: list[RolloutTree]
+    kept: list[RolloutTree]  # by the filter, as many as are learned from
     useful: int  # groups that the filter keeps, those that nothing is learned from included
     tokens: int  # of responses, sampled for it
     next_prompt: Any  # state of the prompts' iterator after it
@@ -77,7 +77,8 @@ class _Batch(NamedTuple):
 
 _CHOICES = {
     "tau_definition": ("trajectory", "window_median"), "difficulty_rule": tuple(RULES),
-    "shaping": ("released", "paper", "none"), "baseline": ("grpo", "rloo"), "tree": ("subtree", "leaf"),
+    "shaping": ("released", "paper", "none"), "tree": tuple(ADVANTAGES), "scale": SCALES, "branch_at": BRANCH_AT,
+    "branch_choice": BRANCH_CHOICES, "filter.by": FILTERS,
     "reduction": ("token", "seq"), "old_log_probs": ("sampler", "recomputed"),
     "kl.estimator": ESTIMATORS, "kl.reference": ("device", "host"), "staleness": (0, 1),
 }  # fmt: skip
@@ -86,7 +87,7 @@ _CHOICES = {
 def check(config: ConfigDict) -> None:
     """Raises `UserError` where AEPO cannot run as configured: before the first tokens are drawn, not after."""
     a, s, p = config.aepo, config.sampler, config.packing
-    values = {**a, **{f"kl.{name}": value for name, value in a.kl.items()}}
+    values = {**a, **{f"{part}.{name}": value for part in ("kl", "filter") for name, value in a[part].items()}}
     for name, choices in _CHOICES.items():
         if values[name] not in choices:
             raise UserError(f"aepo.{name}={values[name]!r} is not one of {', '.join(map(str, choices))}")
@@ -98,15 +99,26 @@ def check(config: ConfigDict) -> None:
         )
     if not 1 <= a.root_leaves <= a.group_size:
         raise UserError(f"aepo.root_leaves={a.root_leaves}: a group has {a.group_size} leaves; give 1 to {a.group_size}")
+    if a.tree == "split" and a.root_leaves < a.group_size and not is_causal(a.branch_at, a.branch_choice):
+        raise UserError(
+            f"aepo.tree='split' with aepo.branch_at={a.branch_at!r}, aepo.branch_choice={a.branch_choice!r}: a fork chosen "
+            "by what the parent drew next has no fresh sample in its parent, and the gradient would be biased; take "
+            "'window_end' and 'first', or aepo.tree='local'"
+        )
+    if a.tree in ("split", "local") and a.root_leaves < 2:
+        raise UserError(
+            f"aepo.root_leaves={a.root_leaves}: aepo.tree={a.tree!r} compares a root with the other first roots; give at "
+            "least 2, or take aepo.tree='subtree'"
+        )
     if (longest := s.max_prompt_tokens + s.max_response_tokens) > p.row_tokens:
         raise UserError(
             f"packing.row_tokens={p.row_tokens}: a prompt and its response may have {longest}; raise it, or lower "
             "sampler.max_response_tokens or max_prompt_tokens"
         )
-    if s.max_prompt_patches > p.row_patches or p.row_patches % MERGED:
+    if s.max_prompt_patches > p.row_patches or p.row_patches % PATCHES_PER_TOKEN:
         raise UserError(
             f"packing.row_patches={p.row_patches}: a prompt may have {s.max_prompt_patches}; raise it to a multiple of "
-            f"{MERGED}, or lower sampler.max_prompt_patches"
+            f"{PATCHES_PER_TOKEN}, or lower sampler.max_prompt_patches"
         )
 
 
@@ -298,7 +310,7 @@ class Trainer:
         if (self.iteration + 1) % a.log_rollouts_every == 0 or self.iteration == 0:
             self.log_rollouts([s for s in batch.kept if s.process == 0])
         values = self.statistics(batch.drawn, batch.kept, sums)
-        measured = {f"{s.prompt.source}/{s.prompt.problem_id}": s.difficulty for s in batch.drawn}
+        measured = {f"{t.problem.source}/{t.problem_id}": t.difficulty for t in batch.drawn}
         self.difficulty, moves = noted(self.difficulty, measured)
         values |= moves | {"groups/useful": float(batch.useful), "tokens_per_second/learn": float(sums["tokens"]) / seconds}
         self.advance(batch.drawn, batch.useful / len(batch.drawn), sums)
@@ -316,12 +328,12 @@ class Trainer:
         made = int(self.train_state.step) - int(self.train_state.skipped)
         return float(self.schedule(max(made - 1, 0)))
 
-    def packed(self, part: list[ScoredGroup]) -> tuple[list[Segment], list[dict[str, np.ndarray]]]:
+    def packed(self, part: list[RolloutTree]) -> tuple[list[Segment], list[MicroBatch]]:
         """Returns this process's trees of a minibatch, and its rows of the micro-batches that hold them."""
         segments = learner_segments(part, self.state, self.aepo, process=jax.process_index())
         return segments, self.workspace.pack(segments)
 
-    def recomputed(self, parts: list[list[ScoredGroup]]) -> list[list[np.ndarray] | None]:
+    def recomputed(self, parts: list[list[RolloutTree]]) -> list[list[np.ndarray] | None]:
         """Returns the present policy's log-probs of each minibatch, if they are wanted: the ratio of all updates is to it.
 
         None for the first: its update is of the present policy. The others are packed twice, as all in one take memory.
@@ -336,9 +348,9 @@ class Trainer:
         count = min(2 * self.aepo.prompts_per_step, math.ceil(missing / max(float(state.kept_share), 0.25)))
         prompts = [next(self.prompts) for _ in range(math.ceil(count / jax.process_count()))]
         waited = time.time() - begin
-        groups = self.rollouts(prompts, iteration, attempt, float(state.tau_high))
-        verdicts = grade(prompts, groups, self.workspace.decode)
-        return _Draw(prompts, groups, *verdicts, state, time.time() - begin, waited)
+        trees = self.rollouts(prompts, iteration, attempt, float(state.tau_high))
+        graded = grade(prompts, trees, self.workspace.decode, process=jax.process_index())
+        return _Draw(graded, state, time.time() - begin, waited)
 
     def complete(self, begun: "Future[_Draw]", iteration: int) -> "_Batch | None":
         """Scores and filters what all processes drew, and draws again until `prompts_per_step` groups survive.
@@ -347,44 +359,37 @@ class Trainer:
         """
         a = self.aepo
         seconds, waited, tokens, attempt = 0.0, 0.0, 0, 0
-        drawn: list[ScoredGroup] = []
-        kept: list[ScoredGroup] = []
+        drawn: list[RolloutTree] = []
+        kept: list[RolloutTree] = []
         while (draw := self.drawn(begun)) is not None:
             scored = self.scored(draw)
             seconds, waited = seconds + draw.seconds, waited + draw.waited
-            tokens += sum(len(leaf.token_ids) - leaf.branch_position for s in scored for leaf in s.group.leaves)
+            tokens += sum(len(tree.token_ids) for tree in scored)
             drawn += scored
-            kept += [s for s in scored if keep_group(s.rewards.mean(), low=a.filter.low, high=a.filter.high)]
+            kept += [tree for tree in scored if keep_tree(tree, a.filter)]
             if (useful := len(kept)) >= a.prompts_per_step:
                 kept = kept[: a.prompts_per_step]
                 return _Batch(drawn, kept, useful, tokens, self.prompts.get_state(), seconds, waited)
             if (attempt := attempt + 1) == a.filter.attempts:
                 raise UserError(
-                    f"only {len(kept)} of {len(drawn)} groups had a mean reward within [{a.filter.low}, {a.filter.high}] "
-                    f"after {attempt} attempts, {a.prompts_per_step} are needed; right leaves a group: "
-                    f"{pass_rate_histogram([s.accuracy for s in drawn], a.group_size)}. Choose problems nearer to the "
-                    "model's ability, or widen aepo.filter"
+                    f"only {len(kept)} of {len(drawn)} groups had a mean {a.filter.by} within "
+                    f"[{a.filter.low}, {a.filter.high}] after {attempt} attempts, {a.prompts_per_step} are needed; right "
+                    f"leaves a group: {pass_rate_histogram([s.accuracy for s in drawn], a.group_size)}. Choose problems "
+                    "nearer to the model's ability, or widen aepo.filter"
                 )
             begun = self.background.submit(self.draw, iteration, attempt, a.prompts_per_step - len(kept), draw.state)
         return None
 
-    def scored(self, draw: "_Draw") -> list[ScoredGroup]:
+    def scored(self, draw: "_Draw") -> list[RolloutTree]:
         """Returns the groups of all processes, scored; of the others' prompts only what is not pixels."""
-        me = jax.process_index()
-        processes = [me] * len(draw.prompts)
-        mine = list(zip(draw.prompts, draw.groups, draw.correct, draw.formatted, processes, strict=True))
+        trees = draw.trees
         if jax.process_count() > 1:
-            light = [(_without_pixels(prompt), *rest) for prompt, *rest in mine]
-            parts = gather(light)
-            parts[me] = mine  # type: ignore[assignment]
-            mine = interleaved(parts)  # type: ignore[arg-type]
-        prompts, groups, correct, formatted, processes = (list(column) for column in zip(*mine, strict=True))
-        limit = self.config.sampler.max_response_tokens
-        scored = score(prompts, groups, correct, draw.state, self.aepo, max_tokens=limit)
-        facts = zip(scored, formatted, processes, strict=True)
-        return [dataclasses.replace(s, formatted=count, process=process) for s, count, process in facts]
+            parts = gather(list(map(_without_pixels, trees)))
+            parts[jax.process_index()] = trees
+            trees = interleaved(parts)
+        return score(trees, draw.state, self.aepo, max_tokens=self.config.sampler.max_response_tokens)
 
-    def rollouts(self, prompts: list[Prompt], iteration: int, attempt: int, tau_high: float) -> list[RolloutGroup]:
+    def rollouts(self, prompts: list[Prompt], iteration: int, attempt: int, tau_high: float) -> list[RolloutTree]:
         a, s = self.aepo, self.config.sampler
         numbers = share(range(len(prompts) * jax.process_count()))  # among the prompts of all processes
         requests = [
@@ -392,6 +397,7 @@ class Trainer:
                 prompt, seed=derive_seed(self.config.seed, "aepo", iteration, attempt, number),
                 group_size=a.group_size, root_leaves=a.root_leaves,
                 max_branches_per_sequence=a.max_branches_per_sequence, tau_high=tau_high,
+                branch_at=a.branch_at, branch_choice=a.branch_choice,
                 temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, max_new_tokens=s.max_response_tokens,
             )
             for number, prompt in zip(numbers, prompts, strict=True)
@@ -416,14 +422,14 @@ class Trainer:
             [leaf.entropies for leaf in leaves], definition=a.tau_definition, quantile=a.tau_quantile, window=a.window
         )
 
-    def advance(self, drawn: list[ScoredGroup], kept_share: float, sums: dict[str, np.ndarray]) -> None:
+    def advance(self, drawn: list[RolloutTree], kept_share: float, sums: dict[str, np.ndarray]) -> None:
         """Moves thresholds, targets and controllers on by one iteration.
 
-        The threshold's batch is the root leaves: a branch begins where entropy is high and has its parent's tokens before.
+        Thresholds and targets are measured on roots: a branch begins where entropy is high, and repeats its parent's tokens.
         """
-        windows = np.concatenate([s.windows for s in drawn]).astype(float)
-        buckets = np.concatenate([np.full(len(s.windows), s.difficulty) for s in drawn])
-        roots = [leaf for s in drawn for leaf in s.group.leaves if leaf.parent < 0]
+        windows = np.concatenate([tree.windows[tree.is_root] for tree in drawn]).astype(float)
+        buckets = np.concatenate([np.full(int(tree.is_root.sum()), tree.difficulty) for tree in drawn])
+        roots = [leaf for tree in drawn for leaf in tree.leaves if leaf.parent < 0]
         with np.errstate(invalid="ignore"):
             control = sums["control_kl"] / sums["control_tokens"] if "control_kl" in sums else np.full(3, math.nan)
         self.state = aepo_state.updated_state(
@@ -433,11 +439,11 @@ class Trainer:
 
     def statistics(self, drawn, kept, sums) -> dict[str, float]:
         """Returns what a user of reinforcement learning wants to see of one iteration."""
-        leaves = [(s, i, leaf) for s in drawn for i, leaf in enumerate(s.group.leaves)]
+        leaves = [(s, i, leaf) for s in drawn for i, leaf in enumerate(s.leaves)]
         lengths = np.array([len(leaf.token_ids) for _, _, leaf in leaves], float)
         windows = np.array([s.windows[i] for s, i, _ in leaves], float)
-        correct = np.array([s.correct[i] for s, i, _ in leaves], float)
-        rewards = np.array([s.rewards[i] for s, i, _ in leaves], float)
+        correct = np.array([s.graded[i] for s, i, _ in leaves], float)
+        rewards = np.array([s.overall[i] for s, i, _ in leaves], float)
         buckets = np.array([s.difficulty for s, _, _ in leaves])
         overlong = self.aepo.overlong_penalty * overlong_penalty(
             lengths, self.config.sampler.max_response_tokens, self.aepo.overlong_buffer
@@ -447,7 +453,7 @@ class Trainer:
         means = np.concatenate([leaf.window_means[:n] for n, (_, _, leaf) in zip(whole, leaves, strict=True)])
         tokens = max(float(sums["tokens"]), 1.0)
         # Updates made since a token was drawn, over the tokens of which each was drawn once.
-        staleness = self.iteration - np.concatenate([leaf.policy_version[leaf.branch_position :] for _, _, leaf in leaves])
+        staleness = self.iteration - np.concatenate([tree.policy_version for tree in drawn])
         values = {
             "staleness/mean": staleness.mean(), "staleness/max": staleness.max(),
             "reward/mean": rewards.mean(), "reward/accuracy": correct.mean(),
@@ -456,8 +462,8 @@ class Trainer:
             "entropy/window": means.mean() if means.size else math.nan,
             "tau_high": float(self.state.tau_high), "branches": sum(leaf.parent >= 0 for _, _, leaf in leaves),
             "leaves": len(leaves), "groups/drawn": len(drawn), "groups/kept": len(kept),
-            "tokens/shared": sum(s.group.shared_tokens for s in drawn),
-            "tokens/computed": sum(s.group.computed_tokens for s in drawn),
+            "tokens/shared": sum(s.shared_tokens for s in drawn),
+            "tokens/computed": sum(s.computed_tokens for s in drawn),
             "tokens/response": lengths.sum(), "mismatch": float(sums["mismatch"]) / tokens,
             "format": sum(s.formatted for s in drawn) / len(leaves),
             "truncated": np.mean([leaf.finish_reason == "length" for _, _, leaf in leaves]),
@@ -504,13 +510,13 @@ class Trainer:
             self.iteration, self.train_state.params, self.train_state._replace(params={}), extra, score=score
         )
 
-    def log_rollouts(self, kept: list[ScoredGroup]) -> None:
+    def log_rollouts(self, kept: list[RolloutTree]) -> None:
         """Appends the trees with the most branches to rollouts.jsonl: what the report draws."""
-        shown = sorted(kept, key=lambda s: (-s.group.branches, s.prompt.problem_id))[:4]
+        shown = sorted(kept, key=lambda tree: (-tree.branches, tree.problem_id))[:4]
         if is_first():
             append_jsonl(self.folder / "rollouts.jsonl", map(self.record, shown))
 
-    def record(self, s: ScoredGroup) -> dict:
+    def record(self, s: RolloutTree) -> dict:
         tokenizer = self.workspace.tokenizer
         leaves = [
             {
@@ -520,15 +526,16 @@ class Trainer:
                 "window_mask": leaf.window_mask.tolist(), "parent": leaf.parent,
                 "branch_position": leaf.branch_position, "reward": float(reward), "correct": bool(correct),
             }
-            for leaf, reward, correct in zip(s.group.leaves, s.rewards, s.correct, strict=True)
+            for leaf, reward, correct in zip(s.leaves, s.overall, s.graded, strict=True)
         ]  # fmt: skip
         return {
-            "step": self.iteration + 1, "problem_id": s.prompt.problem_id, "level": s.prompt.level,
-            "question": s.prompt.question, "answer": s.prompt.answer,
-            "image": to_data_url(s.prompt.images[0]) if s.prompt.images else None,
+            "step": self.iteration + 1, "problem_id": s.problem_id, "level": s.problem.level,
+            "question": s.problem.question, "answer": s.problem.answer,
+            "image": to_data_url(s.problem.images[0]) if s.problem.images else None,
             "tau_high": float(self.state.tau_high), "leaves": leaves,
         }  # fmt: skip
 
 
-def _without_pixels(prompt: Prompt) -> Prompt:
-    return dataclasses.replace(prompt, images=(), patches=prompt.patches[:0])
+def _without_pixels(tree: RolloutTree) -> RolloutTree:
+    prompt = dataclasses.replace(tree.problem, images=(), patches=tree.problem.patches[:0])
+    return dataclasses.replace(tree, prompt=prompt)

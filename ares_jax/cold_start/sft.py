@@ -35,12 +35,12 @@ from data_pipeline.prompts import Prompt
 
 
 def example(prompt: Prompt, response: Int[np.ndarray, "N"], kl_weight: float = 0.0) -> Segment:
-    """Returns prompt and response as one segment, with two extras that are 0 on the prompt.
+    """Returns prompt and response as one segment, with `SFT_FIELDS`.
 
     On the response `weight` is 1 and `kl_weight` is the weight of its drift from the starting weights.
     """
     ones = np.ones(len(response), np.float32)
-    return response_segment(prompt, response, {"weight": ones, "kl_weight": kl_weight * ones})
+    return response_segment(prompt, response, {"loss_mask": ones > 0, "weight": ones, "kl_weight": kl_weight * ones})
 
 
 def fine_tuning_loss(statistics: TokenStatistics, estimator: str) -> LossFn:
@@ -51,7 +51,7 @@ def fine_tuning_loss(statistics: TokenStatistics, estimator: str) -> LossFn:
 
     def loss(params, batch):
         log_probs, _ = statistics(params, batch)
-        counted = batch["weight"] > 0
+        counted = batch["loss_mask"]
         nll = -jnp.sum(jnp.where(counted, batch["weight"] * log_probs, 0.0))
         if "reference_log_prob" not in batch:
             return nll, {}
@@ -158,6 +158,6 @@ def fine_tune(
 
 def normalized(segments: Sequence[Segment]) -> tuple[list[Segment], int]:
     """Returns the segments with weights that sum to 1 over those of all processes, and their number of response tokens."""
-    count = sum(gather(int(sum(s.extras["weight"].sum() for s in segments))))
-    scaled = [dataclasses.replace(s, extras={**s.extras, "weight": s.extras["weight"] / count}) for s in segments]
-    return scaled, count
+    count = sum(gather(int(sum(s.token_fields["weight"].sum() for s in segments))))
+    fields = [{**s.token_fields, "weight": s.token_fields["weight"] / count} for s in segments]
+    return [dataclasses.replace(s, token_fields=own) for s, own in zip(segments, fields, strict=True)], count

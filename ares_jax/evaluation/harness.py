@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from ares_jax.evaluation.intervals import wilson_interval
 from ares_jax.rewards.grading import is_correct
 from ares_jax.sampling.requests import derive_seed, rollout_request
-from ares_jax.sampling.trajectory import RolloutGroup
+from ares_jax.sampling.rollout_tree import RolloutTree
 from data_pipeline.images import to_data_url
 from data_pipeline.prompts import Prompt
 
@@ -45,7 +45,7 @@ def evaluate(
         for prompt in map(prompts.__getitem__, todo)
     ]  # fmt: skip
 
-    def answer(group: RolloutGroup) -> tuple[str, int]:
+    def answer(group: RolloutTree) -> tuple[str, int]:
         token_ids = group.leaves[0].token_ids.tolist()
         return decode(token_ids), len(token_ids)
 

@@ -11,8 +11,7 @@ from ares_jax.models.qwen2_5_vl import Qwen25VL
 from ares_jax.params import with_params
 from ares_jax.run.opening import Opened
 from ares_jax.sampling import Engine, EngineOptions, Trajectory
-from ares_jax.sampling.requests import rollout_request
-from ares_jax.sampling.trajectory import Piece
+from ares_jax.sampling.requests import Piece, rollout_request
 from data_pipeline.prompts import Prompt
 
 Answer = Trajectory | Piece  # complete, or as far as it is drawn

@@ -88,7 +88,7 @@ def update_flops(
 def _seen(segment: Segment) -> int:
     """Returns how many pairs of tokens attend: a token sees itself and what leads to it."""
     count = len(segment.token_ids)
-    back = segment.extras.get("back", np.ones(count, int))
+    back = segment.token_fields.get("predictor_offset", np.ones(count, int))
     depth = np.arange(1, count + 1)
     for start in np.flatnonzero(back != 1)[1 if back[0] != 1 else 0 :]:
         depth[start:] = depth[start - back[start]] + np.arange(1, count - start + 1)

@@ -38,13 +38,8 @@ from ares_jax.sampling.programs import Programs, Prompts, Rows, cut_shapes
 from ares_jax.sampling.shapes import prompt_sizes, prompts_together
 from ares_jax.training import Update, abstract_state, make_optimizer, trainable
 from ares_jax.training.log_probs import token_statistics
-
-SFT_EXTRAS = {"weight": np.float32, "kl_weight": np.float32}
-AEPO_EXTRAS = {
-    "weight": np.float32, "advantage": np.float32, "old_log_prob": np.float32, "kl_weight": np.float32,
-    "bucket": np.int32, "in_window": np.int32, "back": np.int32, "first_leaf": np.int32, "last_leaf": np.int32,
-}  # fmt: skip
-
+from data_pipeline import micro_batch
+from data_pipeline.micro_batch import AEPO_FIELDS, MODEL_FIELDS, SFT_FIELDS, TREE_FIELDS
 
 # What lies in memory while each program runs, by its name, in bytes of a chip; and what lowers it.
 _Programs = tuple[dict[str, dict[str, int]], Mapping[str, Callable[[], jax.stages.Lowered]]]
@@ -142,12 +137,13 @@ def _learner(config: ConfigDict, shape: Qwen25VLConfig, devices: Sequence[Any]) 
         model, np.zeros(shape.text.vocab_size, bool), optimizer, config.aepo, place,
         temperature=config.sampler.temperature, trainable=trained,
     )  # fmt: skip
-    fixed = {"reference": np.float32} if config.aepo.kl.weight else {}
+    fixed = ["reference_log_prob"] if config.aepo.kl.weight else []
     if config.aepo.old_log_probs == "recomputed":
-        fixed["recomputed"] = np.float32
-    batch = batch_shapes(config, place, {**AEPO_EXTRAS, **fixed})
+        fixed.append("recomputed_log_prob")
+    batch = batch_shapes(config, place, (*AEPO_FIELDS, *TREE_FIELDS, *fixed))
     state = abstract_state(to_flat(model), optimizer, place, trained)
-    resident, programs = _resident(state, batch, trained, reference="reference" in fixed), learner.lower(state, batch)
+    resident = _resident(state, batch, trained, reference="reference_log_prob" in fixed)
+    programs = learner.lower(state, batch)
     return _while_running(programs, resident, on_host=config.aepo.kl.reference == "host"), programs
 
 
@@ -164,8 +160,8 @@ def _fine_tuning(config: ConfigDict, shape: Qwen25VLConfig, devices: Sequence[An
     optimizer = make_optimizer(config.optimizer, learning_rate=k.learning_rate, steps=1000, final_fraction=0.1)
     statistics = token_statistics(model, jnp.zeros(shape.text.vocab_size, bool))
     update = Update(fine_tuning_loss(statistics, k.kl.estimator), optimizer, place, trained)
-    guided = {"reference_log_prob": np.float32} if any(k.kl.weight) else {}
-    batch = batch_shapes(config, place, {**SFT_EXTRAS, **guided})
+    guided = ["reference_log_prob"] if any(k.kl.weight) else []
+    batch = batch_shapes(config, place, (*SFT_FIELDS, *guided))
     state = abstract_state(to_flat(model), optimizer, place, trained)
     resident, programs = _resident(state, batch, trained, reference=bool(guided)), update.lower(state, batch)
     return _while_running(programs, resident), programs
@@ -234,18 +230,12 @@ def sampler_programs(
     return compiled
 
 
-def batch_shapes(config: ConfigDict, place: Placement, extras: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of a micro-batch of `data_pipeline.packing.pack` with these extras, rows split over the mesh."""
+def batch_shapes(config: ConfigDict, place: Placement, fields: Sequence[str]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a full micro-batch with the model's fields and these, rows split over the mesh."""
     p = config.packing
-    shapes = {
-        "tokens": ((p.row_tokens,), np.int32), "segment_ids": ((p.row_tokens,), np.int32),
-        "positions": ((3, p.row_tokens), np.int32), "patches": ((p.row_patches, 1176), np.float32),
-        "patch_positions": ((p.row_patches, 2), np.int32), "patch_window_ids": ((p.row_patches,), np.int32),
-        "patch_frame_ids": ((p.row_patches,), np.int32),
-        **{name: ((p.row_tokens,), dtype) for name, dtype in extras.items()},
-    }  # fmt: skip
     rows, split = row_count(p.rows, place.mesh.shape), batch_sharding(place.mesh)
-    return {name: jax.ShapeDtypeStruct((rows, *s), dtype, sharding=split) for name, (s, dtype) in shapes.items()}
+    sizes = micro_batch.shapes((*MODEL_FIELDS, *fields), rows=rows, row_tokens=p.row_tokens, row_patches=p.row_patches)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, (shape, dtype) in sizes.items()}
 
 
 def _placed(

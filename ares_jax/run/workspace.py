@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool
 from ml_collections import ConfigDict
 
 from ares_jax.checkpoints.folders import is_remote
@@ -36,6 +36,7 @@ from ares_jax.sampling.trigger_words import WORDS, read_words, trigger_mask
 from ares_jax.service.client import RolloutClient
 from ares_jax.service.process import start_sampler
 from data_pipeline import digits, tokenizer
+from data_pipeline.micro_batch import MicroBatch
 from data_pipeline.packing import Segment, pack
 from data_pipeline.prompts import Prompt, PromptEncoder
 from data_pipeline.reading import Ledger, Reader, read_all
@@ -92,7 +93,7 @@ class Workspace:
         elements = read_all(Reader(problems, self.encoder), range(len(problems)), self.ledger(problems))
         return [prompt for _, prompt in itertools.islice(elements, limit)]
 
-    def pack(self, segments: Sequence[Segment]) -> list[dict[str, Shaped[np.ndarray, "B ..."]]]:
+    def pack(self, segments: Sequence[Segment]) -> list[MicroBatch]:
         """Returns micro-batches of this process's segments: its own rows of each, shaped as every other process's.
 
         Raises `UserError` if the rows cannot be split among processes, `DataError` as `pack` does.

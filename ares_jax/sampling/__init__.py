@@ -2,6 +2,7 @@
 
 from ares_jax.sampling.engine import Engine
 from ares_jax.sampling.options import EngineOptions
-from ares_jax.sampling.trajectory import RolloutGroup, RolloutRequest, Trajectory
+from ares_jax.sampling.requests import RolloutRequest
+from ares_jax.sampling.rollout_tree import RolloutTree, Trajectory
 
-__all__ = ["Engine", "EngineOptions", "RolloutGroup", "RolloutRequest", "Trajectory"]
+__all__ = ["Engine", "EngineOptions", "RolloutTree", "RolloutRequest", "Trajectory"]

@@ -1,7 +1,9 @@
-"""Where a rollout tree branches: at the highest validated entropy windows of its root leaves.
+"""Where a rollout tree branches: at validated entropy windows of its first roots (method.md, sections 2 and 8).
 
-method.md section 2 (the paper's section 3.2.1). The root leaves run to their end first; then all their windows compete
-at once. So the tree does not depend on the order in which sequences were scheduled.
+A window that starts at t is complete once the distribution at t + w - 1 is known, before a token is drawn from it. A leaf
+that forks there, at the first such windows rather than at the highest, does so for reasons in its past alone: every
+continuation of the node, the parent's own included, is a fresh sample. The other rules look at what the parent drew next,
+and are there to be compared with.
 """
 
 from collections.abc import Sequence
@@ -9,32 +11,57 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float
 
+BRANCH_AT = ("window_end", "window_start")
+BRANCH_CHOICES = ("first", "highest")
 
-def select_branches(
+
+def is_causal(branch_at: str, branch_choice: str) -> bool:
+    """Says whether forks depend on their past alone."""
+    return (branch_at, branch_choice) == ("window_end", "first")
+
+
+def fork_position(start: int, window: int, branch_at: str) -> int:
+    """Returns the index of the token that a branch draws anew, for a window that starts at `start`.
+
+    The token that starts a window of one is a trigger word, and so must have been drawn: the fork is behind it.
+    """
+    return start if branch_at == "window_start" else start + max(window - 1, 1)
+
+
+def forks(
     window_means: Sequence[Float[np.ndarray, "N"]],
     window_masks: Sequence[Bool[np.ndarray, "N"]],
     *,
+    known: float,
     slots: int,
-    max_per_sequence: int,
-    spacing: int,
+    max_per_root: int,
+    window: int,
+    branch_at: str,
+    branch_choice: str,
 ) -> list[tuple[int, int]]:
-    """Returns at most `slots` branch points (leaf, position), the highest window mean first.
+    """Returns at most `slots` forks (root, position); with "first", those that no later window can overtake.
 
-    A branch point is the start of a validated window; ties go to the earlier leaf, then the earlier position. Of one leaf
-    at most `max_per_sequence` are taken, at least `spacing` tokens apart. Position 0 is left out: a branch there would be
-    a fresh root sample.
+    Args:
+      window_means, window_masks: of each root so far: mean of the window that starts at a token, and whether it is
+        validated.
+      known: tokens that each root has that is still drawn, at least; infinity once all have ended. With "highest" they have.
+      window: tokens of a window; forks of a root are at least so far apart.
+
+    "first" takes windows in the order of (position, root), "highest" in that of their means, ties by (root, position). At
+    position 0 nothing forks: a branch there would be a fresh root.
     """
-    candidates = sorted(
-        (-float(means[position]), leaf, int(position))
-        for leaf, (means, mask) in enumerate(zip(window_means, window_masks, strict=True))
-        for position in np.flatnonzero(mask)
-        if position > 0
-    )
+    candidates = []
+    for root, (means, mask) in enumerate(zip(window_means, window_masks, strict=True)):
+        for start in np.flatnonzero(mask).tolist():
+            position = fork_position(start, window, branch_at)
+            if 0 < position < len(mask) and max(position, start + window - 1) < known:
+                order = (position, root) if branch_choice == "first" else (-float(means[start]), root)
+                candidates.append((*order, root, position))
     chosen: list[tuple[int, int]] = []
-    for _, leaf, position in candidates:
+    for *_, root, position in sorted(candidates):
         if len(chosen) == slots:
             break
-        mine = [p for other, p in chosen if other == leaf]
-        if len(mine) < max_per_sequence and all(abs(position - p) >= spacing for p in mine):
-            chosen.append((leaf, position))
+        mine = [p for other, p in chosen if other == root]
+        if len(mine) < max_per_root and all(abs(position - p) >= window for p in mine):
+            chosen.append((root, position))
     return chosen

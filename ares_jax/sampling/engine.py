@@ -26,9 +26,10 @@ from ares_jax.sampling.policy import Policy, mesh_of
 from ares_jax.sampling.preemption import Content, Saved, save
 from ares_jax.sampling.prefill import Filling, PromptShapes
 from ares_jax.sampling.programs import Programs, leaf_keys
+from ares_jax.sampling.requests import Piece, RolloutRequest
+from ares_jax.sampling.rollout_tree import RolloutTree
 from ares_jax.sampling.rows import page_table, record, to_rows
 from ares_jax.sampling.shapes import bucket
-from ares_jax.sampling.trajectory import Piece, RolloutGroup, RolloutRequest
 from ares_jax.sampling.tree import Group, Leaf
 
 
@@ -162,15 +163,15 @@ class Engine:
             "policy_version": self.policy_version,
         }  # fmt: skip
 
-    def generate(self, requests: Sequence[RolloutRequest]) -> list[RolloutGroup]:
+    def generate(self, requests: Sequence[RolloutRequest]) -> list[RolloutTree]:
         """Returns the groups of `requests`, in order."""
         numbers = [self.submit(request) for request in requests]
-        finished: dict[int, RolloutGroup] = {}
+        finished: dict[int, RolloutTree] = {}
         while self.busy:
             finished.update(self.step())
         return [finished[number] for number in numbers]
 
-    def step(self) -> list[tuple[int, RolloutGroup]]:
+    def step(self) -> list[tuple[int, RolloutTree]]:
         """Admits what fits, decodes some tokens, and returns the groups that are complete, by request number."""
         self._admit_leaves()
         self._admit_groups(at_once=not self._live)
@@ -180,8 +181,7 @@ class Engine:
             self._decode()
         finished = []
         for group in list(self._groups.values()):
-            if group.ended and not group.branched:
-                group.branch(self.options.window)
+            group.branch(self.options.window)
             if group.ended:
                 finished.append((group.number, self._finish(group)))
         return finished
@@ -297,12 +297,12 @@ class Engine:
                     if youngest is leaf.group:
                         break
 
-    def _finish(self, group: Group) -> RolloutGroup:
+    def _finish(self, group: Group) -> RolloutTree:
         self._forecast.learn(group)
         self._drop(group)
         self._forget(group.number)
         self._totals["groups"] += 1
-        return group.result()
+        return group.result(self.options.window)
 
     # Preemption.
 

@@ -7,7 +7,8 @@ from ares_jax.errors import BrokenOffError, Preempted
 from ares_jax.lifecycle import preemption
 from ares_jax.lifecycle.watchdog import feed
 from ares_jax.parallel.distributed import gather, interleaved, share
-from ares_jax.sampling.trajectory import RolloutGroup, RolloutRequest
+from ares_jax.sampling.requests import RolloutRequest
+from ares_jax.sampling.rollout_tree import RolloutTree
 
 
 class Everyone:
@@ -19,15 +20,15 @@ class Everyone:
     def rollouts(
         self,
         requests: Sequence[RolloutRequest],
-        on_group: Callable[[int, RolloutGroup], None] = lambda index, group: None,
-    ) -> list[RolloutGroup]:
+        on_group: Callable[[int, RolloutTree], None] = lambda index, group: None,
+    ) -> list[RolloutTree]:
         """Returns the groups in the order of `requests`; `on_group` is told of this process's own.
 
         Raises `Preempted`, in all processes, if one was told to go meanwhile.
         """
         places, mine = share(range(len(requests))), None
 
-        def arrived(index: int, group: RolloutGroup) -> None:
+        def arrived(index: int, group: RolloutTree) -> None:
             feed()
             on_group(places[index], group)
 

@@ -7,7 +7,8 @@ import jax
 from ares_jax.errors import BrokenOffError
 from ares_jax.parallel.distributed import local_parts
 from ares_jax.sampling.engine import Engine
-from ares_jax.sampling.trajectory import RolloutGroup, RolloutRequest
+from ares_jax.sampling.requests import RolloutRequest
+from ares_jax.sampling.rollout_tree import RolloutTree
 
 
 class LocalSampler:
@@ -26,14 +27,14 @@ class LocalSampler:
     def rollouts(
         self,
         requests: Sequence[RolloutRequest],
-        on_group: Callable[[int, RolloutGroup], None] = lambda index, group: None,
-    ) -> list[RolloutGroup]:
+        on_group: Callable[[int, RolloutTree], None] = lambda index, group: None,
+    ) -> list[RolloutTree]:
         """Returns the groups in the order of `requests`; `on_group(index, group)` is told of each as it is complete.
 
         Raises `BrokenOffError` after `break_off`.
         """
         place = {self._engine.submit(request): index for index, request in enumerate(requests)}
-        groups: dict[int, RolloutGroup] = {}
+        groups: dict[int, RolloutTree] = {}
         while self._engine.busy:
             if self._broken_off:
                 raise BrokenOffError

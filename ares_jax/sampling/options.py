@@ -8,7 +8,8 @@ from ml_collections import ConfigDict
 from ares_jax.errors import UserError
 from ares_jax.models.qwen2_5_vl import Qwen25VLConfig
 from ares_jax.models.qwen2_5_vl.paged import PAGED_ATTENTION
-from ares_jax.sampling.trajectory import RolloutRequest
+from ares_jax.sampling.branching import BRANCH_AT, BRANCH_CHOICES
+from ares_jax.sampling.requests import RolloutRequest
 from data_pipeline.errors import DataError
 from data_pipeline.placeholders import grid_sizes, vision_spans
 from kernels.implementations import IMPLEMENTATIONS
@@ -106,6 +107,11 @@ def check_request(request: RolloutRequest, options: EngineOptions, model: Qwen25
             f"group_size={request.group_size}, root_leaves={request.root_leaves}; need a prompt, a token to draw and "
             "1 <= root_leaves <= group_size"
         )
+    for name, choices in (("branch_at", BRANCH_AT), ("branch_choice", BRANCH_CHOICES)):
+        if getattr(request, name) not in choices:
+            raise UserError(
+                f"problem {request.problem_id}: {name}={getattr(request, name)!r} is not one of {', '.join(choices)}"
+            )
     if not (request.temperature == 0 or LOWEST_TEMPERATURE <= request.temperature < math.inf):
         raise UserError(
             f"problem {request.problem_id}: temperature={request.temperature:g}; take 0 (the most likely token) or at least "

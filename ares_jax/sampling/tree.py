@@ -1,14 +1,16 @@
 """A rollout tree while it grows: who waits to begin, and what each leaf has drawn. On the host, without devices."""
 
 import collections
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import UInt32
 
-from ares_jax.sampling.branching import select_branches
+from ares_jax.sampling.branching import forks
+from ares_jax.sampling.requests import Piece, RolloutRequest
+from ares_jax.sampling.rollout_tree import RolloutTree, Trajectory, tree_of
 from ares_jax.sampling.stops import stop_bytes
-from ares_jax.sampling.trajectory import Piece, RolloutGroup, RolloutRequest, Trajectory
 
 _COLUMNS = {
     "token_ids": np.int32, "log_probs": np.float32, "entropies": np.float32, "window_means": np.float32,
@@ -49,7 +51,8 @@ class Group:
     leaves: list[Leaf] = field(default_factory=list)
     waiting: collections.deque[tuple[int, int]] = field(init=False)
     stops: tuple[bytes, ...] = field(init=False)
-    branched: bool = False
+    forked: int = 0  # forks so far
+    branched: bool = False  # every leaf of the tree has begun or waits
     filled: bool = False  # the prompt's keys and values are all in the cache
 
     def __post_init__(self):
@@ -58,8 +61,8 @@ class Group:
 
     @property
     def ended(self) -> bool:
-        """Whether every leaf that there is or that waits has been drawn."""
-        return not self.waiting and all(leaf.done for leaf in self.leaves)
+        """Whether every leaf of the tree has been drawn."""
+        return self.branched and not self.waiting and all(leaf.done for leaf in self.leaves)
 
     def page_lists(self) -> list[list[int]]:
         """Returns the lists themselves, of the prompt and of every leaf."""
@@ -96,29 +99,39 @@ class Group:
         return leaf
 
     def branch(self, window: int) -> None:
-        """Spends the leaves that are left on branch points of the roots, which have ended, and then on fresh roots."""
-        request = self.request
-        slots = request.group_size - request.root_leaves
-        points = select_branches(
-            [leaf.columns["window_means"][: leaf.count] for leaf in self.leaves],
-            [leaf.columns["window_mask"][: leaf.count] for leaf in self.leaves],
-            slots=slots,
-            max_per_sequence=request.max_branches_per_sequence,
-            spacing=window,
-        )
-        self.waiting.extend([*points, *[(-1, 0)] * (slots - len(points))])
-        self.branched = True
+        """Lets windows of the first roots fork, and spends what is left on fresh roots once those have ended.
 
-    def result(self) -> RolloutGroup:
+        The forks are the same however the roots were scheduled: one is taken when no other can come before it.
+        """
+        request = self.request
+        roots = self.leaves[: request.root_leaves]
+        if self.branched or len(roots) < request.root_leaves:
+            return
+        slots = request.group_size - request.root_leaves
+        known = min((leaf.count for leaf in roots if not leaf.done), default=math.inf)
+        if slots > self.forked and (known == math.inf or request.branch_choice == "first"):
+            points = forks(
+                [leaf.columns["window_means"][: leaf.count] for leaf in roots],
+                [leaf.columns["window_mask"][: leaf.count] for leaf in roots],
+                known=known, slots=slots, max_per_root=request.max_branches_per_sequence, window=window,
+                branch_at=request.branch_at, branch_choice=request.branch_choice,
+            )  # fmt: skip
+            self.waiting.extend(points[self.forked :])
+            self.forked = len(points)
+        if known == math.inf:
+            self.waiting.extend([(-1, 0)] * (slots - self.forked))
+        self.branched = known == math.inf or self.forked == slots
+
+    def result(self, window: int) -> RolloutTree:
         """Returns the finished tree."""
-        prompt = len(self.request.token_ids)
-        leaves = tuple(
+        leaves = [
             Trajectory(
-                **{name: column[: leaf.count].copy() for name, column in leaf.columns.items()},
+                **{name: column[: leaf.count] for name, column in leaf.columns.items()},
                 parent=leaf.parent, branch_position=leaf.start, finish_reason=leaf.reason,
             )
             for leaf in self.leaves
-        )  # fmt: skip
-        delivered = sum(prompt + leaf.count for leaf in self.leaves)
-        computed = prompt + sum(leaf.count - leaf.start for leaf in self.leaves)
-        return RolloutGroup(self.request.problem_id, leaves, prompt, computed, delivered - computed)
+        ]  # fmt: skip
+        request = self.request
+        return tree_of(
+            request.problem_id, leaves, prompt_tokens=len(request.token_ids), window=window, first_roots=request.root_leaves
+        )

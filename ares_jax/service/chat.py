@@ -16,8 +16,7 @@ from jaxtyping import UInt8
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator
 
 from ares_jax.sampling.options import LOWEST_TEMPERATURE
-from ares_jax.sampling.requests import rollout_request
-from ares_jax.sampling.trajectory import Piece, RolloutRequest
+from ares_jax.sampling.requests import Piece, RolloutRequest, rollout_request
 from ares_jax.service.text_stream import TextStream
 from data_pipeline.errors import DataError
 from data_pipeline.problems import Problem

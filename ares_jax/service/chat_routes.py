@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from ares_jax.errors import UserError
-from ares_jax.sampling.trajectory import Piece, RolloutRequest
+from ares_jax.sampling.requests import Piece, RolloutRequest
 from ares_jax.service import chat as wire
 from ares_jax.service.chat import ChatFormat, ChatModel, Delta, RefusedError
 from ares_jax.service.chat_images import decode_all, encoded_images

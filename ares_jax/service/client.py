@@ -18,7 +18,8 @@ import numpy as np
 from safetensors.numpy import save
 
 from ares_jax.errors import BrokenOffError, UserError
-from ares_jax.sampling.trajectory import RolloutGroup, RolloutRequest
+from ares_jax.sampling.requests import RolloutRequest
+from ares_jax.sampling.rollout_tree import RolloutTree
 from ares_jax.service import transfer
 from ares_jax.service.protocol import VERSION_HEADER, decode_group, encode_request
 from ares_jax.service.shared_memory import file_in
@@ -92,8 +93,8 @@ class RolloutClient:
     def rollouts(
         self,
         requests: Sequence[RolloutRequest],
-        on_group: Callable[[int, RolloutGroup], None] = lambda index, group: None,
-    ) -> list[RolloutGroup]:
+        on_group: Callable[[int, RolloutTree], None] = lambda index, group: None,
+    ) -> list[RolloutTree]:
         """Returns the groups in the order of `requests`; `on_group(index, group)` is told of each as it arrives.
 
         Each group is taken exactly once. What a lost sampler had not delivered goes to the others, or to itself when it
@@ -206,7 +207,7 @@ class _Job:
 
     def __init__(self, requests: Sequence[RolloutRequest], on_group, chunks: list[list[int]]):
         self.requests, self._on_group, self._chunks = requests, on_group, chunks
-        self.groups: dict[int, RolloutGroup] = {}
+        self.groups: dict[int, RolloutTree] = {}
         self.failure: BaseException | None = None
         self.changed = threading.Condition()
         self._asked: list[_Asked] = []
@@ -254,7 +255,7 @@ class _Job:
         place = next(i for i, asked in enumerate(self._asked) if asked.sampler is sampler and asked.chunk is chunk)
         return self._asked.pop(place)
 
-    def take(self, index: int, group: RolloutGroup) -> None:
+    def take(self, index: int, group: RolloutTree) -> None:
         with self.changed:
             if index not in self.groups and not self.over:
                 self._on_group(index, group)
@@ -358,7 +359,7 @@ class _Sampler:
 
     def ask(
         self, requests: Sequence[RolloutRequest], pushed: _Weights | None
-    ) -> Generator[tuple[int, RolloutGroup] | None, None, None]:
+    ) -> Generator[tuple[int, RolloutTree] | None, None, None]:
         """Yields (index, group) as they finish, None as a sign of life.
 
         Raises `httpx.HTTPError` if the sampler is lost before the last, or has not the weights that were pushed;

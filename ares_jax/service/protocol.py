@@ -3,13 +3,13 @@
 import base64
 import math
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from ares_jax.sampling.requests import rollout_request
-from ares_jax.sampling.trajectory import RolloutGroup, RolloutRequest, Trajectory
+from ares_jax.sampling.requests import RolloutRequest, rollout_request
+from ares_jax.sampling.rollout_tree import RolloutTree, Trajectory, tree_of
 from ares_jax.service.chat import Message, StopStrings, image_urls
 from data_pipeline.prompts import Prompt
 
@@ -20,6 +20,9 @@ _LEAF_ARRAYS = {
     "token_ids": "int32", "log_probs": "float32", "entropies": "float32", "window_means": "float32",
     "window_mask": "bool", "policy_version": "int32",
 }  # fmt: skip
+
+
+_GROUP_NUMBERS = ("problem_id", "prompt_tokens", "computed_tokens", "shared_tokens", "window", "first_roots")
 
 
 class ArrayModel(BaseModel):
@@ -39,6 +42,8 @@ class _Draw(BaseModel):
     group_size: int = Field(ge=1, le=1024)
     max_branches_per_sequence: int = Field(ge=0, lt=2**31)
     tau_high: float | None
+    branch_at: Literal["window_end", "window_start"] = "window_end"
+    branch_choice: Literal["first", "highest"] = "first"
     temperature: float = Field(ge=0)
     top_p: float = Field(gt=0, le=1)
     top_k: int = Field(ge=0, lt=2**31)
@@ -166,16 +171,17 @@ def decode_request(model: GroupModel) -> RolloutRequest:
     return RolloutRequest(**{**value, "stop": tuple(model.stop)})
 
 
-def encode_group(group: RolloutGroup) -> dict[str, Any]:
+def encode_group(group: RolloutTree) -> dict[str, Any]:
     """Returns the JSON form of a finished group."""
     leaves = [{**vars(leaf), **{name: encode_array(getattr(leaf, name)) for name in _LEAF_ARRAYS}} for leaf in group.leaves]
-    return {**vars(group), "leaves": leaves}
+    return {**{name: getattr(group, name) for name in _GROUP_NUMBERS}, "leaves": leaves}
 
 
-def decode_group(value: dict[str, Any]) -> RolloutGroup:
+def decode_group(value: dict[str, Any]) -> RolloutTree:
     """Returns the group of its JSON form."""
-    leaves = tuple(
+    leaves = [
         Trajectory(**{**leaf, **{name: decode_array(leaf[name], dtype) for name, dtype in _LEAF_ARRAYS.items()}})
         for leaf in value["leaves"]
-    )
-    return RolloutGroup(**{**value, "leaves": leaves})
+    ]
+    numbers = {name: value[name] for name in ("prompt_tokens", "window", "first_roots")}
+    return tree_of(value["problem_id"], leaves, **numbers)

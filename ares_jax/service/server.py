@@ -24,7 +24,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from ares_jax.errors import UserError
 from ares_jax.metrics import write_json
-from ares_jax.sampling.trajectory import RolloutRequest
+from ares_jax.sampling.requests import RolloutRequest
 from ares_jax.service import transfer
 from ares_jax.service.chat import ChatFormat, RefusedError, error_body
 from ares_jax.service.chat_routes import ChatLimits, PromptMaker, chat_router, refused

@@ -46,7 +46,7 @@ def token_statistics(model: Qwen25VL, banned: Bool[Array, "V"], *, temperature: 
         hidden = policy(batch["tokens"], batch["positions"], batch["segment_ids"], vision, leaf_spans)
         rows, length, width = hidden.shape
         if tree:
-            predictor = jnp.maximum(jnp.arange(length) - batch["back"], 0)
+            predictor = jnp.maximum(jnp.arange(length) - batch["predictor_offset"], 0)
             hidden = jnp.take_along_axis(hidden, predictor[..., None], axis=1)
         else:
             hidden = jnp.roll(hidden, 1, axis=1)

@@ -65,12 +65,18 @@ def overlong(length, limit, buffer):
 
 
 def rewards(groups, targets, alphas, shaping, rule, *, scale, most, easy_excess, limit, buffer, penalty):
-    """Of groups of leaves (windows, right?, length): each group's bucket and its leaves' rewards.
+    """Of groups of leaves (windows, right?, length, root?): each group's bucket and its leaves' rewards.
 
-    `targets` per bucket; None: nothing was measured yet, so the mean of these groups.
+    Bucket, mean and variance are those of the roots. `targets` per bucket; None: nothing was measured yet, so the mean of
+    these groups.
     """
-    levels = [bucket(sum(right for _, right, _ in leaves), len(leaves), rule) for leaves in groups]
-    counts = [[n for d, leaves in zip(levels, groups, strict=True) if d == k for n, _, _ in leaves] for k in range(3)]
+    levels = []
+    for leaves in groups:
+        of_roots = [right for _, right, _, root in leaves if root]
+        levels.append(bucket(sum(of_roots), len(of_roots), rule))
+    counts = [
+        [n for d, leaves in zip(levels, groups, strict=True) if d == k for n, _, _, root in leaves if root] for k in range(3)
+    ]
     out = []
     for d, leaves in zip(levels, groups, strict=True):
         target = np.mean(counts[d]) if targets[d] is None else targets[d]
@@ -82,7 +88,7 @@ def rewards(groups, targets, alphas, shaping, rule, *, scale, most, easy_excess,
             ),
         }
         out.append(
-            [right + shapes[shaping](n, right) + penalty * overlong(length, limit, buffer) for n, right, length in leaves]
+            [right + shapes[shaping](n, right) + penalty * overlong(length, limit, buffer) for n, right, length, _ in leaves]
         )
     return levels, out
 
@@ -121,6 +127,62 @@ def subtree_advantages(lengths, parents, starts, advantages):
         values.append(row)
         owned.append(own)
     return values, owned
+
+
+def split_advantages(rewards, parents, starts, lengths, first_roots):
+    """Values of prefixes, each a tuple of tokens (the leaf that owns it, its place), as method.md has it, but for one thing.
+
+    A first root is compared with the other first roots alone: test_tree_advantages.py shows that it has to be.
+    """
+    paths = []
+    for leaf, (parent, start) in enumerate(zip(parents, starts, strict=True)):
+        paths.append((*paths[parent][:start], *((leaf, n) for n in range(start, lengths[leaf]))) if parent >= 0 else
+                     tuple((leaf, n) for n in range(lengths[leaf])))  # fmt: skip
+
+    def continuations(prefix):
+        """The values of what follows a prefix: of each next token, and of each leaf that ends with it."""
+        after = {path[len(prefix)] for path in paths if path[: len(prefix)] == prefix and len(path) > len(prefix)}
+        values = {token: value((*prefix, token)) for token in after}
+        return values | {("end", leaf): rewards[leaf] for leaf, path in enumerate(paths) if path == prefix}
+
+    def value(prefix):
+        return np.mean(list(continuations(prefix).values()))
+
+    roots = [leaf for leaf, parent in enumerate(parents) if parent < 0]
+    tops = {leaf: value(paths[leaf][:1]) for leaf in roots}
+    advantages, weights = [], []
+    for leaf, path in enumerate(paths):
+        weight, near = 1.0, None
+        first = path[0][0] in roots[:first_roots]
+        others = [tops[root] for root in (roots[:first_roots] if first else roots) if (root, 0) != path[0]]
+        mine = np.zeros((2, len(path)))
+        for n in range(len(path)):
+            after = continuations(path[:n]) if n else {}
+            if len(after) > 1:
+                weight /= len(after)
+                near = np.mean([v for token, v in after.items() if token != path[n]])
+            far = np.mean(others) if others else near
+            base = far or 0.0 if near is None else (near + far) / 2
+            if path[n][0] == leaf:
+                mine[:, n] = value(path[: n + 1]) - base, weight
+        advantages.append(mine[0])
+        weights.append(mine[1])
+    return advantages, weights
+
+
+def local_advantages(rewards, parents, starts, lengths, first_roots):
+    """Children add their own tokens alone; everything is compared with the first roots."""
+    first = [leaf for leaf, parent in enumerate(parents) if parent < 0][:first_roots]
+    values, weights = [], []
+    for leaf, (parent, start, n) in enumerate(zip(parents, starts, lengths, strict=True)):
+        if parent >= 0:
+            value = 0.5 * (rewards[leaf] - (0.5 * rewards[parent] + 0.5 * np.mean(rewards[first])))
+        else:
+            others = [rewards[other] for other in first if other != leaf]
+            value = rewards[leaf] - (np.mean(others) if others else 0.0)
+        values.append(np.full(n, value))
+        weights.append((np.arange(n) >= start) * 1.0)
+    return values, weights
 
 
 def kl(log_p, log_ref, estimator):

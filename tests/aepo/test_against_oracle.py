@@ -1,6 +1,6 @@
 """Every formula against the slow version written from method.md, on random trees, masks and buckets."""
 
-from types import SimpleNamespace
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels
-from ares_jax.aepo import advantage, difficulty, kl, loss, reward, scoring, tree, windows
+from ares_jax.aepo import advantage, difficulty, kl, loss, reward, scoring, windows
 from ares_jax.aepo.state import initial_state
 from ares_jax.config import default_config
+from ares_jax.sampling.rollout_tree import Trajectory, tree_of
 from tests.aepo import oracle
 
 many = settings(max_examples=60, deadline=None)
@@ -22,6 +23,13 @@ seeds = st.integers(0, 2**31)
 def float64():
     with jax.enable_x64(True):
         yield
+
+
+def drawn_tree(masks, parents, starts):
+    """Returns a tree of leaves with these validated windows; a window is one token long, so none lies across a branch."""
+    zeros = [np.zeros(len(m)) for m in masks]
+    leaves = [Trajectory(z, z, z, z, m, z, p, s, "stop") for m, z, p, s in zip(masks, zeros, parents, starts, strict=True)]
+    return tree_of("p", leaves, prompt_tokens=3, window=1)
 
 
 def random_tree(rng):
@@ -48,10 +56,10 @@ def test_subtree_advantages(seed):
     starts = [max(s, starts[p] + 1) if p >= 0 else 0 for s, p in zip(starts, parents, strict=True)]
     lengths = [max(n, s + 1) for n, s in zip(lengths, starts, strict=True)]
     values = rng.normal(size=len(lengths))
-    mine, owned = tree.token_advantages(lengths, parents, starts, values, tree="subtree")
-    expected, who = oracle.subtree_advantages(lengths, parents, starts, values)
-    for a, b, o, w in zip(mine, expected, owned, who, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6)
+    mine, weights = advantage.tree_advantages(values, parents, starts, lengths, first_roots=1, tree="subtree")
+    expected, who = oracle.subtree_advantages(lengths, parents, starts, values - values.mean())
+    for a, b, o, w in zip(mine, expected, weights, who, strict=True):
+        np.testing.assert_allclose(a, np.where(w, b, 0), atol=1e-6)
         np.testing.assert_array_equal(o, w)
 
 
@@ -97,15 +105,19 @@ def test_scores_of_a_whole_batch(seed, shaping, rule):
     state = initial_state(aepo)._replace(
         target=np.array([np.nan if t is None else t for t in targets]), alpha=rng.uniform(0, 2, 3)
     )
-    groups, correct, plain = [], [], []
+    trees, plain = [], []
     for _ in range(int(rng.integers(1, 7))):
         size = int(rng.integers(1, 9))
         right = [np.zeros(size, bool), np.ones(size, bool), rng.random(size) < 0.5][int(rng.integers(3))]
         masks = [rng.random(int(rng.integers(1, 25))) < rng.choice([0.0, 0.4]) for _ in range(size)]  # often no window
-        groups.append(SimpleNamespace(leaves=[SimpleNamespace(window_mask=m, token_ids=np.zeros(len(m))) for m in masks]))
-        correct.append(right)
-        plain.append([(int(m.sum()), bool(r), len(m)) for m, r in zip(masks, right, strict=True)])
-    mine = scoring.score([None] * len(groups), groups, correct, state, aepo, max_tokens=24)
+        half = len(masks[0]) // 2
+        branches = int(rng.integers(0, size)) if half else 0
+        parents, starts = [-1] * (size - branches) + [0] * branches, [0] * (size - branches) + [half] * branches
+        masks = [np.concatenate([masks[0][:s], m]) if s else m for m, s in zip(masks, starts, strict=True)]
+        tree = drawn_tree(masks, parents, starts)
+        trees.append(replace(tree, correct=right))
+        plain.append([(int(m.sum()), bool(r), len(m), p < 0) for m, r, p in zip(masks, right, parents, strict=True)])
+    mine = scoring.score(trees, state, aepo, max_tokens=24)
     levels, expected = oracle.rewards(
         plain, targets, state.alpha, shaping, rule, scale=0.5, most=1.0, easy_excess=0.5, limit=24,
         buffer=aepo.overlong_buffer, penalty=0.7,

@@ -1,14 +1,16 @@
 """The learner's step on real trees of the tiny model."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from ares_jax.aepo.batch import leaf_extras, learner_segments
+from ares_jax.aepo.batch import learner_segments
 from ares_jax.aepo.learner import Learner
-from ares_jax.aepo.scoring import ScoredGroup, grade, score
+from ares_jax.aepo.scoring import grade, score
 from ares_jax.aepo.state import initial_state
 from ares_jax.config import default_config
 from ares_jax.params import to_flat
@@ -16,7 +18,8 @@ from ares_jax.sampling.requests import rollout_request
 from ares_jax.training import initial_state as train_state
 from ares_jax.training import make_optimizer
 from ares_jax.training.log_probs import token_statistics
-from data_pipeline.packing import pack, response_segment
+from benchmarks.random_trees import leaf_segments
+from data_pipeline.packing import pack
 from tests import digits
 from tests.aepo import oracle
 
@@ -34,9 +37,8 @@ def scored():
     rng = np.random.default_rng(0)
     out = []
     for prompt, group in zip(prompts, groups, strict=True):
-        windows = np.array([leaf.window_mask.sum() for leaf in group.leaves])
-        out.append(ScoredGroup(prompt, group, 1, rng.random(4) < 0.5, windows, rng.normal(size=4)))
-    assert sum(s.group.branches for s in out) > 2
+        out.append(replace(group, prompt=prompt, difficulty=1, correct=rng.random(4) < 0.5, rewards=rng.normal(size=4)))
+    assert sum(s.branches for s in out) > 2
     return out
 
 
@@ -54,11 +56,7 @@ def step(scored, config, *, rows, row_tokens=96, learning_rate=None, trees=True)
     if trees:
         segments = learner_segments(scored, state, config.aepo)
     else:
-        segments = [
-            response_segment(s.prompt, leaf.token_ids, extras)
-            for s, group in zip(scored, leaf_extras(scored, state, config.aepo), strict=True)
-            for leaf, extras in zip(s.group.leaves, group, strict=True)
-        ]
+        segments = leaf_segments(scored, state, config.aepo)
     batches = pack(segments, rows=rows, row_tokens=row_tokens, row_patches=48)
     # Plain descent where updates are compared: Adam's first step is the sign of the gradient, noise where it is near 0.
     adam = make_optimizer(config.optimizer, learning_rate=learning_rate or 0.0, steps=1)
@@ -73,7 +71,7 @@ def gained(params, batches):
     statistics = jax.jit(token_statistics(digits.model(), jnp.array(BANNED)))
     total = 0.0
     for batch in batches:
-        now, counted = np.asarray(statistics(params, batch)[0]), batch["bucket"] > 0
+        now, counted = np.asarray(statistics(params, batch)[0]), batch["loss_mask"]
         change = now[counted] - batch["old_log_prob"][counted]
         total += float(np.sum(batch["weight"][counted] * batch["advantage"][counted] * change))
     return total
@@ -86,7 +84,10 @@ def test_an_update_makes_good_leaves_likelier(scored):
     assert abs(sum(float(b["weight"].sum()) for b in batches) - 1) < 1e-5
 
 
-@pytest.mark.parametrize("tree, row_tokens", [("subtree", 56), ("subtree", 160), ("leaf", 96)])
+TREES = [("split", 56), ("split", 160), ("local", 56), ("subtree", 56), ("subtree", 160), ("leaf", 96)]
+
+
+@pytest.mark.parametrize("tree, row_tokens", TREES)
 def test_a_tree_gives_the_gradient_of_its_leaves(scored, row_tokens, tree):
     """Shared prefixes computed once: the update of plain descent, which is the gradient, leaf by leaf and as trees."""
     leaves = step(scored, aepo(tree=tree), rows=16, trees=False)
@@ -132,17 +133,17 @@ def test_the_ratio_is_to_the_policy_before_the_first_of_several_updates(scored):
 
 def test_each_distinct_token_counts_once(scored):
     state = initial_state(aepo().aepo)
-    distinct = sum(len(leaf.token_ids) - leaf.branch_position for s in scored for leaf in s.group.leaves)
+    distinct = sum(len(leaf.token_ids) - leaf.branch_position for s in scored for leaf in s.leaves)
     for tree, expected in (
         ("subtree", distinct),
-        ("leaf", sum(len(leaf.token_ids) for s in scored for leaf in s.group.leaves)),
+        ("leaf", sum(len(leaf.token_ids) for s in scored for leaf in s.leaves)),
     ):
         segments = learner_segments(scored, state, aepo(tree=tree).aepo)
-        assert sum(int((s.extras["bucket"] > 0).sum()) for s in segments) == expected
+        assert sum(int(s.token_fields["loss_mask"].sum()) for s in segments) == expected
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(scored):
-    broken = [ScoredGroup(**{**vars(s), "rewards": np.array([np.nan, 0, 1, 0])}) for s in scored]
+    broken = [replace(s, rewards=np.array([np.nan, 0, 1, 0])) for s in scored]
     state, metrics, _ = step(broken, aepo(), rows=16)
     assert int(state.skipped) == 1
     for name, value in to_flat(digits.model()).items():
@@ -151,18 +152,18 @@ def test_a_gradient_that_is_not_finite_changes_nothing(scored):
 
 def test_leaves_are_graded_one_by_one(scored):
     config = aepo(shaping="none").aepo
-    right = {tuple(leaf.token_ids) for s in scored for leaf in s.group.leaves[::3]}  # the first and the last of four
-    prompts, groups = [s.prompt for s in scored], [s.group for s in scored]
-    answers = {tuple(leaf.token_ids): s.prompt.answer for s in scored for leaf in s.group.leaves}
+    right = {tuple(leaf.token_ids) for s in scored for leaf in s.leaves[::3]}  # the first and the last of four
+    prompts = [s.prompt for s in scored]
+    answers = {tuple(leaf.token_ids): s.prompt.answer for s in scored for leaf in s.leaves}
 
     def decode(ids):
         return f"<think></think>\\boxed{{{answers[tuple(ids)]}}}" if tuple(ids) in right else r"\boxed{none}"
 
-    correct, formatted = grade(prompts, groups, decode)
-    assert formatted == [c.sum() for c in correct]
-    result = score(prompts, groups, correct, initial_state(config), config, max_tokens=12)
+    graded = grade(prompts, scored, decode, process=3)
+    assert all(tree.formatted == tree.correct.sum() and tree.process == 3 for tree in graded)
+    result = score(graded, initial_state(config), config, max_tokens=12)
     for s in result:
-        assert s.correct.tolist() == [tuple(leaf.token_ids) in right for leaf in s.group.leaves]
+        assert s.correct.tolist() == [tuple(leaf.token_ids) in right for leaf in s.leaves]
         assert s.rewards.tolist() == s.correct.astype(float).tolist()
     assert {s.accuracy for s in result} >= {0.5} and result[0].difficulty == 1
 
@@ -189,15 +190,14 @@ def stirred(scored):
     (batch,) = pack(
         learner_segments(scored, initial_state(aepo().aepo), aepo().aepo), rows=16, row_tokens=96, row_patches=48
     )
-    rng, shape = np.random.default_rng(1), batch["bucket"].shape
+    rng, shape = np.random.default_rng(1), batch["tokens"].shape
     log_probs, entropies = jax.jit(token_statistics(digits.model(), jnp.array(BANNED)))(to_flat(digits.model()), batch)
     batch |= {
         "old_log_prob": np.asarray(log_probs) + rng.normal(scale=0.8, size=shape), "advantage": rng.normal(size=shape),
         "weight": rng.random(shape) / 100, "kl_weight": rng.random(shape), "in_window": rng.random(shape) < 0.5,
     }  # fmt: skip
     batch = {name: value.astype(np.float32) if value.dtype == np.float64 else value for name, value in batch.items()}
-    batch["bucket"] = np.where(batch["bucket"] > 0, rng.integers(1, 4, shape), 0).astype(np.int32)
-    batch["in_window"] = batch["in_window"].astype(np.int32)
+    batch["difficulty"] = rng.integers(0, 3, shape).astype(np.int32)
     return batch, np.asarray(entropies)
 
 
@@ -210,11 +210,12 @@ def test_the_loss_and_its_sums_are_those_of_the_definitions(stirred, recomputed,
     reference = {name: value * rng.normal(1, 0.5, value.shape) for name, value in list(params.items())[::2]}
     (log_probs,) = learner.log_probs(params, [batch])
     (of_reference,) = learner.log_probs({**params, **reference}, [batch])
-    columns = {name: batch[name] for name in ("old_log_prob", "advantage", "weight", "kl_weight", "bucket", "in_window")}
+    columns = {name: batch[name] for name in ("old_log_prob", "advantage", "weight", "kl_weight", "in_window")}
+    columns["bucket"] = np.where(batch["loss_mask"], batch["difficulty"] + 1, 0)
     columns |= {"log_prob": log_probs, "reference": of_reference, "entropy": entropies}
     if recomputed:
         columns["old"] = (log_probs + rng.normal(scale=0.8, size=log_probs.shape)).astype(np.float32)
-        counted = batch["bucket"] > 0
+        counted = batch["loss_mask"]
         assert (columns["old"][counted] - batch["old_log_prob"][counted] > np.log(config.importance_cap)).any()
     rows = zip(*(value.ravel().tolist() for value in columns.values()), strict=True)
     expected = oracle.update(

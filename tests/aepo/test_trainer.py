@@ -1,10 +1,10 @@
 """The loop itself, with the engine in this process: what is drawn with which weights, and resumption to the last bit."""
 
-import dataclasses
 import os
 import re
 import signal
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from ares_jax.aepo import state as aepo_state
-from ares_jax.aepo.scoring import ScoredGroup
 from ares_jax.aepo.trainer import Trainer, check
 from ares_jax.commands.serve import make_engine
 from ares_jax.errors import Preempted, UserError
@@ -22,7 +21,7 @@ from ares_jax.parallel.sharding import make_mesh
 from ares_jax.rewards.hard_split import write_hard_split
 from ares_jax.run.workspace import Workspace, colocated, open_workspace
 from ares_jax.sampling.local import LocalSampler
-from ares_jax.sampling.trajectory import RolloutGroup, Trajectory
+from ares_jax.sampling.rollout_tree import Trajectory, tree_of
 from ares_jax.training import initial_state, make_optimizer
 from configs.digits_cpu import get_config
 from data_pipeline.sources import open_sources
@@ -62,7 +61,8 @@ def config():
         c.sampler.update(slots=32, pages=500, max_response_tokens=24)
         c.packing.update(rows=4)
         c.aepo.update(
-            steps=4, prompts_per_step=2, group_size=4, root_leaves=2, filter={"low": -9.0, "high": 9.0, "attempts": 2},
+            steps=4, prompts_per_step=2, group_size=4, root_leaves=2,
+            filter={"by": "reward", "low": -9.0, "high": 9.0, "attempts": 2},
             learning_rate=1e-3, save_every=1, validate_every=2,
         )  # fmt: skip
     return c
@@ -115,8 +115,12 @@ def test_problems_of_the_hard_validation_split_are_not_trained_on(trainer, tmp_p
         ({"aepo.kl.estimator": "k2"}, "aepo.kl.estimator='k2' is not one of k1, abs, mse, k3"),
         *(
             ({f"aepo.{name}": "mine"}, f"aepo.{name}='mine' is not one of")
-            for name in ("shaping", "old_log_probs", "tau_definition", "difficulty_rule", "baseline", "tree", "reduction")
+            for name in ("shaping", "old_log_probs", "tau_definition", "difficulty_rule", "scale", "tree", "reduction",
+                         "branch_at", "branch_choice", "filter.by")
         ),
+        ({"aepo.branch_choice": "highest"}, "aepo.tree='split' with aepo.branch_at='window_end', aepo.branch_choice='hi"),
+        ({"aepo.branch_at": "window_start"}, "has no fresh sample in its parent, and the gradient would be biased; take"),
+        ({"aepo.root_leaves": 1}, "aepo.root_leaves=1: aepo.tree='split' compares a root with the other first roots; give"),
         ({"aepo.root_leaves": 5}, "aepo.root_leaves=5: a group has 4 leaves; give 1 to 4"),
         ({"sampler.colocated": True, "sampler.tensor": 2, "aepo.staleness": 1}, "over sampler.tensor=2 devices can only"),
         ({"packing.row_tokens": 80}, "packing.row_tokens=80: a prompt and its response may have 88; raise it"),
@@ -151,6 +155,7 @@ def filling(rewards, **changes):
     """A trainer that draws as many groups as are missing, with these mean rewards in turn; notes how many were asked for."""
     a = get_config().aepo
     a.update(prompts_per_step=3, **changes)
+    a.filter.by = "reward"
     rewards = iter(rewards)
 
     def draw(iteration, attempt, missing, state):
@@ -158,10 +163,9 @@ def filling(rewards, **changes):
         return SimpleNamespace(state=state, seconds=1.0, waited=0.5, groups=[next(rewards) for _ in range(missing)])
 
     def scored(drawn):
-        leaf = SimpleNamespace(token_ids=np.zeros(7), branch_position=2)
-        group = SimpleNamespace(leaves=[leaf] * 8)
         return [
-            SimpleNamespace(rewards=np.full(8, r), group=group, accuracy=min(max(r, 0.0), 1.0)) for r in drawn.groups
+            SimpleNamespace(overall=np.full(8, r), token_ids=np.zeros(40), accuracy=min(max(r, 0.0), 1.0))
+            for r in drawn.groups
         ]  # fmt: skip
 
     asked: list[tuple[int, int]] = []
@@ -181,7 +185,7 @@ def test_a_batch_is_filled_up_with_groups_that_teach():
     trainer, asked = filling([0.5, 1.0, 0.0, 0.25, -0.1, 0.75, 0.1])
     batch = completed(trainer, 4, 3)
     assert asked == [(0, 3), (1, 2), (2, 1)] and batch.next_prompt == {"position": 9}
-    assert [s.rewards[0] for s in batch.kept] == [0.5, 0.25, 0.75] and len(batch.drawn) == 6
+    assert [s.overall[0] for s in batch.kept] == [0.5, 0.25, 0.75] and len(batch.drawn) == 6
     assert (batch.tokens, batch.seconds, batch.waited) == (6 * 8 * 5, 3.0, 1.5)
 
 
@@ -221,9 +225,10 @@ def test_a_response_shorter_than_a_window_has_no_window_to_average():
             np.zeros(n, int), -np.ones(n), np.ones(n), np.array(means), np.zeros(n, bool), np.zeros(n, int), -1, 0, "stop"
         )  # fmt: skip
 
-    group = RolloutGroup("p", (leaf(5, [1.0, 2.0, 0, 0, 0]), leaf(96, [0.0] * 96), leaf(2, [0.0, 0])), 3, 0, 0)
+    leaves = (leaf(5, [1.0, 2.0, 0, 0, 0]), leaf(96, [0.0] * 96), leaf(2, [0.0, 0]))
     right = np.array([True, False, True])
-    drawn = [ScoredGroup(None, group, 1, right, np.zeros(3), right - np.array([0, 0.5, 0]), formatted=1)]
+    tree = tree_of("p", leaves, prompt_tokens=3, window=4)
+    drawn = [replace(tree, difficulty=1, correct=right, rewards=right - np.array([0, 0.5, 0]), formatted=1)]
     sums = dict.fromkeys(("tokens", "entropy", "mismatch", "clip_low", "clip_high", "clip_dual"), np.ones(()))
     trainer = SimpleNamespace(aepo=c.aepo, config=c, iteration=0, state=aepo_state.initial_state(c.aepo))
     values = Trainer.statistics(trainer, drawn, drawn, sums)
@@ -231,8 +236,8 @@ def test_a_response_shorter_than_a_window_has_no_window_to_average():
     assert values["format"] == pytest.approx(1 / 3)
     # 96 tokens of 128: half of the buffer is taken.
     assert values["reward/overlong"] == pytest.approx(-0.5 / 3) and values["reward/shaping"] == pytest.approx(0)
-    alone = [dataclasses.replace(drawn[0], group=dataclasses.replace(group, leaves=group.leaves[2:]), correct=right[:1],
-                                 windows=np.zeros(1), rewards=np.ones(1))]  # fmt: skip
+    short = tree_of("p", leaves[2:], prompt_tokens=3, window=4)
+    alone = [replace(short, difficulty=1, correct=right[:1], rewards=np.ones(1))]
     assert np.isnan(Trainer.statistics(trainer, alone, alone, sums)["entropy/window"])
 
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ares_jax.aepo.advantage import ADVANTAGES, tree_advantages
-from tests.aepo import decision_process
+from ares_jax.aepo.advantage import tree_advantages
+from tests.aepo import decision_process, oracle
 from tests.aepo.decision_process import LENGTH, STATES, causal, post_hoc
 
 FORKS = st.sets(st.sampled_from([state for state in STATES if state]))
@@ -25,47 +25,6 @@ def trees(draw):
     return parents, starts, lengths, draw(st.integers(1, roots))
 
 
-def by_definition(rewards, parents, starts, lengths, first_roots):
-    """ "split", from method.md: values of prefixes, each a tuple of tokens (the leaf that owns it, its place).
-
-    But for one thing: a first root is compared with the other first roots alone (`_split` says why).
-    """
-    paths = []
-    for leaf, (parent, start) in enumerate(zip(parents, starts, strict=True)):
-        paths.append((*paths[parent][:start], *((leaf, n) for n in range(start, lengths[leaf]))) if parent >= 0 else
-                     tuple((leaf, n) for n in range(lengths[leaf])))  # fmt: skip
-
-    def continuations(prefix):
-        """The values of what follows a prefix: of each next token, and of each leaf that ends with it."""
-        after = {path[len(prefix)] for path in paths if path[: len(prefix)] == prefix and len(path) > len(prefix)}
-        values = {token: value((*prefix, token)) for token in after}
-        return values | {("end", leaf): rewards[leaf] for leaf, path in enumerate(paths) if path == prefix}
-
-    def value(prefix):
-        return np.mean(list(continuations(prefix).values()))
-
-    roots = [leaf for leaf, parent in enumerate(parents) if parent < 0]
-    tops = {leaf: value(paths[leaf][:1]) for leaf in roots}
-    advantages, weights = [], []
-    for leaf, path in enumerate(paths):
-        weight, near = 1.0, None
-        first = path[0][0] in roots[:first_roots]
-        others = [tops[root] for root in (roots[:first_roots] if first else roots) if (root, 0) != path[0]]
-        mine = np.zeros((2, len(path)))
-        for n in range(len(path)):
-            after = continuations(path[:n]) if n else {}
-            if len(after) > 1:
-                weight /= len(after)
-                near = np.mean([v for token, v in after.items() if token != path[n]])
-            far = np.mean(others) if others else near
-            base = far or 0.0 if near is None else (near + far) / 2
-            if path[n][0] == leaf:
-                mine[:, n] = value(path[: n + 1]) - base, weight
-        advantages.append(mine[0])
-        weights.append(mine[1])
-    return advantages, weights
-
-
 @settings(max_examples=300, deadline=None)
 @given(trees(), st.integers(0, 2**16), st.sampled_from(["any", "right", "wrong"]))
 def test_split_is_its_definition(tree, seed, kind):
@@ -73,7 +32,7 @@ def test_split_is_its_definition(tree, seed, kind):
     rewards = {"any": np.random.default_rng(seed).normal(size=len(parents)), "right": np.ones(len(parents)),
                "wrong": np.zeros(len(parents))}[kind]  # fmt: skip
     found = tree_advantages(rewards, parents, starts, lengths, first_roots=first_roots, tree="split")
-    for mine, expected in zip(found, by_definition(rewards, *tree), strict=True):
+    for mine, expected in zip(found, oracle.split_advantages(rewards, *tree), strict=True):
         for a, b in zip(mine, expected, strict=True):
             assert a.dtype == np.float32
             np.testing.assert_allclose(a, b, atol=1e-6)

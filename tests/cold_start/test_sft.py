@@ -24,7 +24,12 @@ def batch(rng, reference):
     log_probs = -rng.random((2, 9)).astype(np.float32)
     weight = (rng.random((2, 9)) < 0.7).astype(np.float32)
     weight /= weight.sum()
-    values = {"weight": weight, "kl_weight": (rng.random((2, 9)) * (weight > 0)).astype(np.float32), "log_probs": log_probs}
+    values = {
+        "loss_mask": weight > 0,
+        "weight": weight,
+        "kl_weight": (rng.random((2, 9)) * (weight > 0)).astype(np.float32),
+        "log_probs": log_probs,
+    }
     return values | ({"reference_log_prob": -rng.random((2, 9)).astype(np.float32)} if reference else {})
 
 
@@ -66,10 +71,10 @@ def test_the_guide_pulls_back_and_weighs_as_much_as_it_is_told():
 def test_an_example_carries_its_brackets_weight_on_the_response_alone():
     prompt = tiny.prompts(1)[0]
     segment = example(prompt, np.arange(5, dtype=np.int32), kl_weight=0.3)
-    assert segment.extras["kl_weight"][-5:] == pytest.approx(0.3) and not segment.extras["kl_weight"][:-5].any()
+    assert segment.token_fields["kl_weight"][-5:] == pytest.approx(0.3) and not segment.token_fields["kl_weight"][:-5].any()
     (scaled, other), count = normalized([segment, example(prompt, np.arange(3, dtype=np.int32))])
-    assert count == 8 and scaled.extras["weight"].sum() + other.extras["weight"].sum() == pytest.approx(1.0)
-    assert scaled.extras["kl_weight"][-1] == pytest.approx(0.3) and not other.extras["kl_weight"].any()
+    assert count == 8 and scaled.token_fields["weight"].sum() + other.token_fields["weight"].sum() == pytest.approx(1.0)
+    assert scaled.token_fields["kl_weight"][-1] == pytest.approx(0.3) and not other.token_fields["kl_weight"].any()
 
 
 def test_a_trace_that_draws_an_image_is_named_before_anything_runs(tmp_path):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ares_jax.models.qwen2_5_vl.attention import causal_mask
 from data_pipeline.errors import DataError
 from data_pipeline.packing import Segment, leaf_runs, pack, padding_share, response_segment, shapes
+from data_pipeline.tree_layout import tree_layout
 from data_pipeline.tree_segments import tree_segment
 
 PAD = 50  # an image token
@@ -29,12 +30,13 @@ def image_prompt(tokens, images=0):
 def tree_of(prompt, lengths, parents, starts, names):
     """Returns a tree whose every distinct response token has a name of its own, and its leaves."""
     responses: list[np.ndarray] = []
-    extras = []
     for length, parent, start in zip(lengths, parents, starts, strict=True):
         shared = responses[parent][:start] if parent >= 0 else np.zeros(0, int)
         responses.append(np.concatenate([shared, [next(names) for _ in range(length - start)]]).astype(int))
-        extras.append({"own": (np.arange(length) >= start).astype(np.int32), "token": responses[-1]})
-    return tree_segment(prompt, responses, parents, starts, extras), responses
+    layout = tree_layout(parents, starts, lengths)
+    tokens = np.concatenate([responses[leaf][starts[leaf] :] for leaf in layout.leaves])
+    fields = {"loss_mask": np.ones(len(tokens), bool), "token": tokens}
+    return tree_segment(prompt, tokens, layout.first_leaf, layout.last_leaf, layout.predictor, fields), responses
 
 
 @st.composite
@@ -77,13 +79,13 @@ def test_every_leaf_is_there_once(drawn, longer, halvings):
                 for leaf in range(spans[1, inside].max() + 1):
                     path = [int(inside[(spans[0, inside] <= leaf) & (spans[1, inside] >= leaf)][-1])]
                     while path[0] > inside[0]:
-                        path.insert(0, path[0] - int(row["back"][path[0]]))
+                        path.insert(0, path[0] - int(row["predictor_offset"][path[0]]))
                     for i, place in enumerate(path):
                         assert np.flatnonzero(mask[place]).tolist() == path[: i + 1]
                     assert row["tokens"][path][:4].tolist() == [100, 101, 102, 103]
                     found.append(row["tokens"][path][4:].tolist())
                     assert (row["positions"][:, path] == [0, 1, 2, 3, *range(11, 7 + len(path))]).all()
-            own = row["own"] > 0
+            own = row["loss_mask"]
             assert (row["token"][own] == row["tokens"][own]).all() and set(np.flatnonzero(own)) <= set(places)
             counted += row["tokens"][own].tolist()
             images = sum(4 for _ in np.unique(row["patch_frame_ids"][row["patch_frame_ids"] > 0]))
@@ -96,7 +98,7 @@ def test_every_leaf_is_there_once(drawn, longer, halvings):
 @given(trees())
 def test_the_size_of_a_run_of_leaves_is_what_its_tokens_say(tree):
     segment, _ = tree_of(image_prompt(3), *tree, iter(range(1000)))
-    first, last = segment.extras["first_leaf"], segment.extras["last_leaf"]
+    first, last = segment.token_fields["first_leaf"], segment.token_fields["last_leaf"]
     runs = leaf_runs(segment)
     for a in range(len(runs) - 1):
         for b in range(a + 1, len(runs)):
@@ -187,7 +189,9 @@ def test_an_image_token_that_a_leaf_drew_is_named_before_anything_is_packed():
         prompt.token_ids, prompt.problem_id = np.array([1, PAD, 2, 3]), name
         responses = [np.array(leaf) for leaf in leaves]
         branches = [0] + [2] * (len(leaves) - 1)
-        return tree_segment(prompt, responses, [-1] + [0] * (len(leaves) - 1), branches, [{}] * len(leaves))
+        layout = tree_layout([-1] + [0] * (len(leaves) - 1), branches, list(map(len, responses)))
+        tokens = np.concatenate([responses[leaf][branches[leaf] :] for leaf in layout.leaves])
+        return tree_segment(prompt, tokens, layout.first_leaf, layout.last_leaf, layout.predictor, {})
 
     size = {"rows": 1, "row_tokens": 16, "row_patches": 8, "placeholder_ids": {PAD, PAD + 1}}
     good, bad = with_image("good", [4, 5, 6], [4, 5, 7]), with_image("bad", [4, 5, 6], [4, 5, PAD + 1], [4, 5, 8])

@@ -6,6 +6,7 @@ import importlib
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,6 @@ import numpy as np
 import pytest
 
 from ares_jax.aepo.batch import learner_segments
-from ares_jax.aepo.scoring import ScoredGroup
 from ares_jax.aepo.state import initial_state
 from ares_jax.cold_start.sft import example
 from ares_jax.commands.plan import candidates, colocated, kernel_flops, on_slice, overrides, row_flops, search, table
@@ -31,6 +31,7 @@ from ares_jax.planning import aot
 from ares_jax.planning.hlo import Work
 from ares_jax.sampling.requests import rollout_request
 from configs import qwen2_5_vl
+from data_pipeline.micro_batch import AEPO_FIELDS, SFT_FIELDS, TREE_FIELDS
 from data_pipeline.packing import pack
 from tests import digits
 from tests.xla import EVERYTHING, slow
@@ -326,19 +327,19 @@ def test_batches_have_the_shapes_that_are_compiled():
         prompt, seed=0, group_size=2, root_leaves=1, max_branches_per_sequence=1, tau_high=5.4, max_new_tokens=8
     )
     (group,) = digits.engine().generate([request])
-    scored = ScoredGroup(prompt, group, 1, np.array([True, False]), np.array([1, 2]), np.array([1.0, 0.0]))
+    scored = replace(group, prompt=prompt, difficulty=1, correct=np.array([True, False]), rewards=np.array([1.0, 0.0]))
     with config.unlocked():
         config.aepo.window = 3
         config.packing.update(rows=2, row_tokens=64, row_patches=48, halvings=0)
     state = initial_state(config.aepo)._replace(tau_high=np.array(5.4))
     place = digits.placement()
-    for segments, extras in (
-        (learner_segments([scored], state, config.aepo), aot.AEPO_EXTRAS),
-        ([example(prompt, group.leaves[0].token_ids)], aot.SFT_EXTRAS),
+    for segments, fields in (
+        (learner_segments([scored], state, config.aepo), (*AEPO_FIELDS, *TREE_FIELDS)),
+        ([example(prompt, group.leaves[0].token_ids)], SFT_FIELDS),
     ):
         (batch,) = pack(segments, **config.packing)
         expected = {name: (value.shape, value.dtype) for name, value in batch.items()}
-        assert {name: (s.shape, s.dtype) for name, s in aot.batch_shapes(config, place, extras).items()} == expected
+        assert {name: (s.shape, s.dtype) for name, s in aot.batch_shapes(config, place, fields).items()} == expected
 
 
 @pytest.mark.parametrize(

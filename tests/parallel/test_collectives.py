@@ -5,7 +5,6 @@ import math
 import re
 
 import jax
-import numpy as np
 import pytest
 
 from ares_jax.aepo.learner import Learner
@@ -14,6 +13,7 @@ from ares_jax.params import to_flat
 from ares_jax.planning import aot
 from ares_jax.training import abstract_state, initial_state, make_optimizer
 from configs.digits_cpu import get_config
+from data_pipeline.micro_batch import AEPO_FIELDS, TREE_FIELDS
 from tests import digits
 
 BYTES = {"pred": 1, "s32": 4, "u32": 4, "f32": 4, "bf16": 2, "f16": 2}
@@ -36,7 +36,7 @@ def learner(mesh):
     place = place_model(digits.model(), make_mesh(**axes, devices=jax.devices()[: math.prod(axes.values())]))
     optimizer = make_optimizer(config.optimizer, learning_rate=1e-3, steps=2, warmup_steps=0)
     made = Learner(digits.model(), digits.banned(), optimizer, config.aepo, place, temperature=1.0)
-    batch = aot.batch_shapes(config, place, {**aot.AEPO_EXTRAS, "reference": np.float32})
+    batch = aot.batch_shapes(config, place, (*AEPO_FIELDS, *TREE_FIELDS, "reference_log_prob"))
     state = abstract_state(to_flat(digits.model()), optimizer, place)
     return state, batch, made.lower(state, batch)
 

@@ -68,7 +68,7 @@ def test_groups_are_complete_trees_that_branch_at_validated_windows_only(groups)
             if leaf.parent >= 0:
                 branches += 1
                 parent = group.leaves[leaf.parent]
-                assert parent.window_mask[leaf.branch_position]
+                assert parent.window_mask[leaf.branch_position - 2]  # the window of 3 is complete where it forks
                 shared = slice(0, leaf.branch_position)
                 np.testing.assert_array_equal(leaf.token_ids[shared], parent.token_ids[shared])
         own = sum(len(leaf.token_ids) - leaf.branch_position for leaf in group.leaves)

@@ -4,7 +4,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from ares_jax.sampling.branching import select_branches
+from ares_jax.sampling.branching import forks
 from ares_jax.sampling.pages import OutOfPages, PagePool
 
 
@@ -61,6 +61,7 @@ def test_double_release_is_an_error():
 def test_branches_are_the_highest_windows_far_enough_apart():
     means = [np.array([9.0, 5.0, 4.9, 1.0, 4.0]), np.array([0.0, 5.0, 0.0, 0.0, 3.0])]
     masks = [np.array([1, 1, 1, 0, 1], bool), np.array([0, 1, 0, 0, 1], bool)]
-    chosen = select_branches(means, masks, slots=4, max_per_sequence=2, spacing=2)
+    rule = {"known": np.inf, "window": 2, "branch_at": "window_start", "branch_choice": "highest"}
+    chosen = forks(means, masks, slots=4, max_per_root=2, **rule)
     assert chosen == [(0, 1), (1, 1), (0, 4), (1, 4)]  # position 0 is no branch; (0, 2) is too near to (0, 1)
-    assert select_branches(means, masks, slots=3, max_per_sequence=1, spacing=2) == [(0, 1), (1, 1)]
+    assert forks(means, masks, slots=3, max_per_root=1, **rule) == [(0, 1), (1, 1)]

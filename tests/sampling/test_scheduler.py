@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from ares_jax.errors import UserError
 from ares_jax.params import to_flat, with_params
 from ares_jax.sampling import Engine, EngineOptions, RolloutRequest
-from ares_jax.sampling.branching import select_branches
+from ares_jax.sampling.branching import BRANCH_AT, BRANCH_CHOICES, forks
 from ares_jax.sampling.programs import Drawn, Part
 from tests import digits
 
@@ -126,12 +126,13 @@ def new_engine(pages=PAGES, slots=SLOTS):
     return engine
 
 
-def request(length=5, seed=0, group_size=4, root_leaves=2, max_new_tokens=12, tau_high=TAU, per_sequence=2, stop=()):
+def request(length=5, seed=0, group_size=4, root_leaves=2, max_new_tokens=12, tau_high=TAU, per_sequence=2, stop=(),
+            rule=("window_end", "first")):  # fmt: skip
     tokens = (np.arange(length) * 7 + seed) % 12  # 12 and 13 are the image and video placeholders
     return RolloutRequest(
         f"{length}/{seed}", tokens.astype(np.int32), np.zeros((0, 1176), np.float32), np.zeros((0, 3), np.int32),
         np.broadcast_to(np.arange(length), (3, length)), 0, seed, group_size, root_leaves, per_sequence, tau_high,
-        1.0, 1.0, 0, max_new_tokens, tuple(stop),
+        *rule, 1.0, 1.0, 0, max_new_tokens, tuple(stop),
     )  # fmt: skip
 
 
@@ -160,25 +161,47 @@ def expected_tree(r, version_of=lambda leaf, place: 0):
     for _ in range(r.root_leaves):
         grow(-1, 0)
     spare = r.group_size - r.root_leaves
-    points = select_branches(
-        [leaf[5] for leaf in leaves], [leaf[1] for leaf in leaves],
-        slots=spare, max_per_sequence=r.max_branches_per_sequence, spacing=WINDOW,
+    points = taken(
+        [leaf[5] for leaf in leaves], [leaf[1] for leaf in leaves], spare, r.max_branches_per_sequence, WINDOW,
+        r.branch_at, r.branch_choice,
     )  # fmt: skip
     for point in [*points, *[(-1, 0)] * (spare - len(points))]:
         grow(*point)
     return leaves
 
 
-def version_of(group):
+def taken(means, masks, slots, per_root, window, at, choice):
+    """Takes the best legal window again and again: the first at its fork, or the highest. Returns (root, position)."""
+    later = 0 if at == "window_start" else max(1, window - 1)
+    best: list[tuple[int, int]] = []
+    while len(best) < slots:
+        legal = [
+            ((t + later, root) if choice == "first" else (-means[root][t], root, t), (root, t + later))
+            for root in range(len(means))
+            for t in range(len(means[root]))
+            if masks[root][t]
+            and 0 < t + later < len(means[root])
+            and sum(other == root for other, _ in best) < per_root
+            and not any(other == root and abs(t + later - p) < window for other, p in best)
+        ]
+        if not legal:
+            break
+        best.append(min(legal)[1])
+    return best
+
+
+def version_of(leaves):
     """Returns what says which version drew a token; -1 where there is none, so that a leaf that is too short differs."""
-    columns = [leaf.policy_version.tolist() for leaf in group.leaves]
+    columns = [leaf.policy_version.tolist() for leaf in leaves]
     return lambda leaf, place: columns[leaf][place] if place < len(columns[leaf]) else -1
 
 
 def check_group(group, r):
-    expected = expected_tree(r, version_of(group))
-    assert group.problem_id == r.problem_id and len(group.leaves) == r.group_size
-    for leaf, (tokens, hits, parent, start, _, means) in zip(group.leaves, expected, strict=True):
+    leaves = group.leaves
+    expected = expected_tree(r, version_of(leaves))
+    assert group.problem_id == r.problem_id and len(leaves) == r.group_size and group.first_roots == r.root_leaves
+    later = 0 if r.branch_at == "window_start" else max(1, WINDOW - 1)
+    for leaf, (tokens, hits, parent, start, _, means) in zip(leaves, expected, strict=True):
         assert leaf.token_ids.tolist() == tokens
         np.testing.assert_array_equal(leaf.window_mask, hits)
         np.testing.assert_array_equal(leaf.window_means, means)
@@ -186,8 +209,8 @@ def check_group(group, r):
         assert leaf.finish_reason == ("stop" if has_ended(tokens, r) else "length")
         assert (np.diff(leaf.policy_version[start:]) >= 0).all()
         if parent >= 0:
-            assert expected[parent][1][start]
-            np.testing.assert_array_equal(leaf.policy_version[:start], group.leaves[parent].policy_version[:start])
+            assert expected[parent][1][start - later]
+            np.testing.assert_array_equal(leaf.policy_version[:start], leaves[parent].policy_version[:start])
 
 
 class Scheduler(RuleBasedStateMachine):
@@ -203,10 +226,11 @@ class Scheduler(RuleBasedStateMachine):
         length=st.integers(1, PROMPT), seed=st.integers(0, 4), roots=st.integers(1, 4), more=st.integers(0, 2),
         new=st.integers(1, CONTEXT - PROMPT), branching=st.booleans(), per_sequence=st.integers(0, 3),
         stop=st.lists(st.text("abcdé", min_size=1, max_size=3), max_size=2),
+        rule=st.tuples(st.sampled_from(BRANCH_AT), st.sampled_from(BRANCH_CHOICES)),
     )  # fmt: skip
-    def submit(self, length, seed, roots, more, new, branching, per_sequence, stop):
+    def submit(self, length, seed, roots, more, new, branching, per_sequence, stop, rule):
         tau = TAU if branching else math.inf
-        r = request(length, seed, roots + more, roots, new, tau, per_sequence, stop)
+        r = request(length, seed, roots + more, roots, new, tau, per_sequence, stop, rule)
         try:
             self.open[self.engine.submit(r)] = r
         except UserError as error:  # the largest trees need more pages than there are
@@ -418,23 +442,20 @@ def test_what_would_draw_nonsense_is_refused(changes, words):
 
 @given(
     st.lists(st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=8), min_size=1, max_size=3),
-    st.integers(0, 5), st.integers(0, 3), st.integers(1, 4),
+    st.integers(0, 5), st.integers(0, 3), st.integers(1, 4), st.sampled_from(BRANCH_AT), st.sampled_from(BRANCH_CHOICES),
 )  # fmt: skip
-def test_branches_are_what_taking_the_best_legal_window_again_and_again_gives(windows, slots, per_sequence, spacing):
+def test_forks_are_what_taking_the_best_legal_window_again_and_again_gives(windows, slots, per_root, window, at, choice):
+    """And those that are known while the roots are drawn are the first of them."""
     means = [np.array([mean for mean, _ in leaf], np.float32) for leaf in windows]
     masks = [np.array([mask for _, mask in leaf], bool) for leaf in windows]
-    best: list[tuple[int, int]] = []
-    while len(best) < slots:
-        legal = [
-            (leaf, t)
-            for leaf in range(len(windows))
-            for t in range(1, len(windows[leaf]))
-            if masks[leaf][t]
-            and sum(other == leaf for other, _ in best) < per_sequence
-            and not any(other == leaf and abs(t - p) < spacing for other, p in best)
-        ]
-        if not legal:
-            break
-        best.append(max(legal, key=lambda point: (means[point[0]][point[1]], -point[0], -point[1])))
-    chosen = select_branches(means, masks, slots=slots, max_per_sequence=per_sequence, spacing=spacing)
-    assert chosen == best
+    for mask in masks:
+        mask[max(0, len(mask) - window + 1) :] = False  # windows that are not complete
+    rule = {"slots": slots, "max_per_root": per_root, "window": window, "branch_at": at, "branch_choice": choice}
+    chosen = forks(means, masks, known=math.inf, **rule)
+    assert chosen == taken(means, masks, slots, per_root, window, at, choice)
+    for known in range(9) if choice == "first" else ():
+        so_far = [mask[: max(known, 0)].copy() for mask in masks]
+        for mask in so_far:
+            mask[max(0, known - window + 1) :] = False
+        early = forks([m[:known] for m in means], so_far, known=known, **rule)
+        assert early == chosen[: len(early)] and len(early) >= sum(p + window <= known for _, p in chosen)

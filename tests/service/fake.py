@@ -9,7 +9,8 @@ import numpy as np
 import uvicorn
 
 from ares_jax.errors import UserError
-from ares_jax.sampling.trajectory import Piece, RolloutGroup, RolloutRequest, Trajectory
+from ares_jax.sampling.requests import Piece, RolloutRequest
+from ares_jax.sampling.rollout_tree import RolloutTree, Trajectory, tree_of
 from ares_jax.service.server import Limits, make_app
 from ares_jax.service.worker import Worker
 
@@ -19,11 +20,12 @@ def request(seed: int, *, tokens: int = 60, leaves: int = 8, patches: int = 0) -
         problem_id=f"p{seed}", token_ids=np.arange(10, dtype=np.int32), patches=np.zeros((patches, 1176), np.float32),
         grid_thw=np.array([[1, 2, patches // 2]] if patches else np.zeros((0, 3)), np.int32),
         positions=np.zeros((3, 10), np.int32), rope_delta=0, seed=seed, group_size=leaves, root_leaves=leaves // 2 or 1,
-        max_branches_per_sequence=2, tau_high=np.inf, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=tokens,
+        max_branches_per_sequence=2, tau_high=np.inf, branch_at="window_end", branch_choice="first", temperature=1.0,
+        top_p=1.0, top_k=0, max_new_tokens=tokens,
     )  # fmt: skip
 
 
-def group(r: RolloutRequest, version: int = 0) -> RolloutGroup:
+def group(r: RolloutRequest, version: int = 0) -> RolloutTree:
     """A tree that is a function of the request's seed alone."""
     rng, n = np.random.default_rng(r.seed), r.max_new_tokens
     leaves = tuple(
@@ -34,7 +36,7 @@ def group(r: RolloutRequest, version: int = 0) -> RolloutGroup:
         )
         for _ in range(r.group_size)
     )  # fmt: skip
-    return RolloutGroup(r.problem_id, leaves, len(r.token_ids), n, 0)
+    return tree_of(r.problem_id, leaves, prompt_tokens=len(r.token_ids), window=4, first_roots=r.root_leaves)
 
 
 def piece(token: int = 1) -> Piece:
@@ -76,7 +78,7 @@ class FakeEngine:
         self.cancelled.append(number)
         self.work.pop(number, None)
 
-    def step(self) -> list[tuple[int, RolloutGroup]]:
+    def step(self) -> list[tuple[int, RolloutTree]]:
         time.sleep(self.delay)
         if any(r.seed == 666 for r in self.work.values()):
             raise ValueError("boom")
