@@ -225,8 +225,9 @@ def _rollouts(config: ConfigDict, folder: Path, new: int) -> dict[str, Any]:
     engine = Engine(model, options, eos_token_ids=[0], banned=none, trigger_mask=np.ones(vocabulary, bool))
     requests = [
         RolloutRequest(
-            str(seed), p.token_ids, p.patches, p.grid_thw, p.positions, 0, seed, 1, 1, 0, float("inf"), 1.0, 1.0, 0, new
-        )
+            str(seed), p.token_ids, p.patches, p.grid_thw, p.positions, 0, seed, 1, 1, 0, float("inf"), "window_end",
+            "first", 1.0, 1.0, 0, new,
+        )  # fmt: skip
         for seed, p in enumerate(_asked(config))
     ]
     times = []

@@ -85,7 +85,7 @@ def _request(prompt: np.ndarray, seed: int, leaves: int = 1, roots: int = 1, tau
     return RolloutRequest(
         str(seed), prompt, np.zeros((0, 1176), np.float32), np.zeros((0, 3), np.int32),
         np.broadcast_to(np.arange(len(prompt), dtype=np.int32), (3, len(prompt))), 0, seed, leaves, roots, 2, tau,
-        1.0, 1.0, 0, _NEW.value,
+        "window_end", "first", 1.0, 1.0, 0, _NEW.value,
     )  # fmt: skip
 
 
