@@ -1,20 +1,23 @@
-"""Branching against independent sampling at equal computed tokens, on the hard problems of a digits run's test split.
+"""Is a fork's child worth as much as its parent? By both rules of branching, on a digits run's test split.
 
     python -m benchmarks.branching --config=configs/digits_cpu.py --workdir=runs/digits --stage=cold_start
 
-Needs the run's checkpoint of that stage. Every problem gets trees as AEPO draws them, and independent samples. Of these,
-as many count as cost what the tree cost: whole samples, the last one with the chance that makes the expected tokens equal.
-A second comparison takes as many samples as the tree has leaves. The prompt is computed once either way and left out.
-Intervals: 95 %, bootstrap over problems (a problem's draws are averaged first); differences are paired.
+Needs the run's checkpoint of that stage. Every fork gives one pair: whether the child's answer is right, and whether the
+parent's own continuation from there is. Where forks are causal (`branching.is_causal`) both are samples of the same
+distribution, and the mean difference is 0 but for chance; where they are chosen by what the parent drew next, it is not.
+Intervals: 95 %, bootstrap over problems, whose trees are many. Trees have more slots than forks, so that none competes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from absl import flags
 from jaxtyping import Float
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from ares_jax.aepo.windows import batch_threshold
 from ares_jax.commands import cli
@@ -22,134 +25,100 @@ from ares_jax.errors import UserError
 from ares_jax.rewards.grading import is_correct
 from ares_jax.run.workspace import open_workspace
 from ares_jax.sampling.requests import derive_seed, rollout_request
-from ares_jax.sampling.rollout_tree import RolloutTree, Trajectory
+from ares_jax.sampling.rollout_tree import RolloutTree
 from data_pipeline.prompts import Prompt
 
 _STAGE = flags.DEFINE_string("stage", "cold_start", "whose weights sample: base, cold_start or aepo")
 _LEVEL = flags.DEFINE_string("level", "hard", "level of the problems")
-_PROBLEMS = flags.DEFINE_integer("problems", 200, "problems of that level")
-_DRAWS = flags.DEFINE_integer("draws", 8, "trees, and sets of samples, for each problem")
+_FORKS = flags.DEFINE_integer("forks", 50_000, "forks by each rule, at least", 1)
+_ROOTS = flags.DEFINE_integer("roots", 4, "roots of a tree", 1)
+_PER_ROOT = flags.DEFINE_integer("per_root", 4, "most forks of a root", 1)
 
-MEASURES = {
-    "leaves": "responses delivered",
-    "computed": "response tokens computed",
-    "ratio": "computed for each delivered token",
-    "saved": "tokens saved by sharing",
-    "branches": "branches",
-    "solved": "problem solved at least once",
-    "correct": "correct responses",
-    "distinct": "distinct correct responses",
-    "mixed": "right and wrong ones in the group",
+RULES = {
+    "causal: first windows, at their end": ("window_end", "first"),
+    "by height, at the windows' start": ("window_start", "highest"),
 }
-Row = dict[str, float]
+_RESAMPLES = 2000
+
+
+class Forks(NamedTuple):
+    """Pairs of one problem, one entry a fork."""
+
+    child: Float[np.ndarray, "F"]  # 1 where its answer is right
+    parent: Float[np.ndarray, "F"]
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
-    workspace, a = open_workspace(config, workdir), config.aepo
-    prompts = [p for p in workspace.prompts("test") if p.level == _LEVEL.value][: _PROBLEMS.value]
+    workspace, a, s = open_workspace(config, workdir), config.aepo, config.sampler
+    prompts = [p for p in workspace.prompts("test") if p.level == _LEVEL.value]
     if not prompts:
         raise UserError(f"--level={_LEVEL.value}: data.test has no such problem; levels are easy, medium and hard")
 
-    def requests(draw: int, **how):
-        s, size = config.sampler, how.pop("group_size")
-        return [
-            rollout_request(
-                prompt, seed=derive_seed(config.seed, "branching", str(how), draw, prompt.problem_id), group_size=size,
-                max_new_tokens=s.max_response_tokens, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, **how,
-            )
-            for prompt in prompts
-        ]  # fmt: skip
+    def draw(client, number: int, **how) -> list[RolloutTree]:
+        return client.rollouts(
+            [
+                rollout_request(
+                    prompt, seed=derive_seed(config.seed, "forks", str(how), number, prompt.problem_id), **how,
+                    max_new_tokens=s.max_response_tokens, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k,
+                )
+                for prompt in prompts
+            ]
+        )  # fmt: skip
 
-    rng = np.random.default_rng(config.seed)
-    rows: dict[str, list[list[Row]]] = {name: [] for name in ("branching", "equal tokens", "equal leaves")}
+    rows = {}
     with workspace.sampler() as client:
         client.push_weights(workspace.to_send(workspace.params(_STAGE.value)), 0)
-        # More than the tree has leaves: short samples are many for the same tokens.
-        independent = [client.rollouts(requests(d, group_size=2 * a.group_size)) for d in range(_DRAWS.value)]
-        entropies = [leaf.entropies for groups in independent for group in groups for leaf in group.leaves]
+        entropies = [leaf.entropies for tree in draw(client, 0, group_size=8) for leaf in tree.leaves]
         tau = batch_threshold(entropies, definition=a.tau_definition, quantile=a.tau_quantile, window=a.window)
-        for draw, samples in enumerate(independent):
-            tree = {"max_branches_per_sequence": a.max_branches_per_sequence, "tau_high": tau}
-            trees = client.rollouts(requests(draw, group_size=a.group_size, root_leaves=a.root_leaves, **tree))
-            rows["branching"].append([measured(p, g.leaves, workspace.decode) for p, g in zip(prompts, trees, strict=True)])
-            chosen = [equal_tokens(one, tree, rng) for one, tree in zip(samples, trees, strict=True)]
-            rows["equal tokens"].append([measured(p, c, workspace.decode) for p, c in zip(prompts, chosen, strict=True)])
-            same = [one.leaves[: a.group_size] for one in samples]
-            rows["equal leaves"].append([measured(p, c, workspace.decode) for p, c in zip(prompts, same, strict=True)])
+        for name, (at, choice) in RULES.items():
+            found: dict[str, list[Forks]] = {prompt.problem_id: [] for prompt in prompts}
+            begin, number, bar = time.time(), 0, tqdm(total=_FORKS.value, desc=name, unit="fork")
+            while bar.n < _FORKS.value:
+                number += 1
+                trees = draw(
+                    client, number, group_size=_ROOTS.value * (1 + _PER_ROOT.value), root_leaves=_ROOTS.value,
+                    max_branches_per_sequence=_PER_ROOT.value, tau_high=tau, branch_at=at, branch_choice=choice,
+                )  # fmt: skip
+                for prompt, tree in zip(prompts, trees, strict=True):
+                    found[prompt.problem_id].append(forks_of(prompt, tree, workspace.decode))
+                    bar.update(len(found[prompt.problem_id][-1].child))
+            bar.close()
+            rows[name] = [Forks(*map(np.concatenate, zip(*pairs, strict=True))) for pairs in found.values()]
+            print(f"{name}: {number} trees a problem, {time.time() - begin:.0f} s", flush=True)
     print(
-        f"\n{len(prompts)} {_LEVEL.value} problems, {_DRAWS.value} draws each, weights of {_STAGE.value}, group of "
-        f"{a.group_size} with {a.root_leaves} roots, tau {tau:.3f} nats ({a.tau_definition}, {a.tau_quantile:g})\n"
+        f"\n{len(prompts)} {_LEVEL.value} problems, weights of {_STAGE.value}, {_ROOTS.value} roots, at most "
+        f"{_PER_ROOT.value} forks each, tau {tau:.3f} nats ({a.tau_definition}, {a.tau_quantile:g}), window {a.window}\n"
     )
-    print(table(rows, rng))
+    print(table(rows, np.random.default_rng(config.seed)))
 
 
-def equal_tokens(samples: RolloutTree, tree: RolloutTree, rng: np.random.Generator) -> list[Trajectory]:
-    """Returns the first samples, in number such that their expected tokens are those that the tree computed."""
-    left = sum(len(leaf.token_ids) - leaf.branch_position for leaf in tree.leaves)
-    chosen: list[Trajectory] = []
-    for leaf in samples.leaves:
-        if rng.random() >= left / len(leaf.token_ids):  # below 1 for the last one alone
-            return chosen
-        chosen.append(leaf)
-        left -= len(leaf.token_ids)
-        if left <= 0:
-            return chosen
-    raise UserError(f"problem {tree.problem_id}: {len(samples.leaves)} samples are fewer tokens than its tree; draw more")
+def forks_of(prompt: Prompt, tree: RolloutTree, decode: Callable[[Sequence[int]], str]) -> Forks:
+    """Returns the pairs of a tree."""
+    right = np.array([is_correct(decode(leaf.token_ids.tolist()), prompt.answer) for leaf in tree.leaves], float)
+    parents = np.array(tree.parents)
+    children = np.flatnonzero(parents >= 0)
+    return Forks(right[children], right[parents[children]])
 
 
-def measured(prompt: Prompt, leaves: Sequence[Trajectory], decode: Callable[[Sequence[int]], str]) -> Row:
-    """Returns what `MEASURES` names, of one set of responses."""
-    right = [is_correct(decode(leaf.token_ids.tolist()), prompt.answer) for leaf in leaves]
-    delivered = sum(len(leaf.token_ids) for leaf in leaves)
-    saved = sum(leaf.branch_position for leaf in leaves)
-    return {
-        "leaves": len(leaves), "computed": delivered - saved, "delivered": delivered, "saved": saved,
-        "branches": sum(leaf.parent >= 0 for leaf in leaves), "solved": any(right), "correct": sum(right),
-        "distinct": len({tuple(leaf.token_ids) for leaf, ok in zip(leaves, right, strict=True) if ok}),
-        "mixed": any(right) and not all(right),
-    }  # fmt: skip
-
-
-def table(rows: Mapping[str, Sequence[Sequence[Row]]], rng: np.random.Generator, *, resamples: int = 2000) -> str:
-    """Returns the Markdown table: means a problem and draw, with intervals, and branching minus each other row.
-
-    `rows`: for each method, for each draw, one `measured` for each problem.
-    """
-    names = list(next(iter(rows.values()))[0][0])
-    values = {
-        method: {name: np.mean([[float(row[name]) for row in draw] for draw in draws], axis=0) for name in names}
-        for method, draws in rows.items()
-    }
-    count = len(next(iter(values.values()))["leaves"])
-    picks = rng.integers(count, size=(resamples, count))
-    first, *others = values
-    differences = [f"{first} - {other}" for other in others]
-    lines = [
-        "| for each problem | " + " | ".join([*values, *differences]) + " |",
-        "|---" * (1 + len(values) + len(others)) + "|",
-    ]
-    for name, text in MEASURES.items():
-        means = {method: _means(of, name, picks) for method, of in values.items()}
-        cells = [_cell(mean, spread) for mean, spread in means.values()]
-        for other in others:
-            (mean, spread), (less, its) = means[first], means[other]
-            cells.append(_cell(mean - less, spread - its, signed=True))
-        lines.append(f"| {text} | " + " | ".join(cells) + " |")
+def table(rows: dict[str, list[Forks]], rng: np.random.Generator) -> str:
+    """Returns the Markdown table: a row for each rule, means over forks in percent with intervals."""
+    lines = ["| rule | forks | child right | parent right | child - parent (points) |", "|---|---|---|---|---|"]
+    for name, problems in rows.items():
+        sums = np.array([[len(p.child), p.child.sum(), p.parent.sum()] for p in problems])
+        spread = sums[rng.integers(len(sums), size=(_RESAMPLES, len(sums)))].sum(axis=1)
+        count, child, parent = sums.sum(axis=0)
+        cells = [
+            _cell(child / count, spread[:, 1] / spread[:, 0]), _cell(parent / count, spread[:, 2] / spread[:, 0]),
+            _cell((child - parent) / count, (spread[:, 1] - spread[:, 2]) / spread[:, 0], signed=True),
+        ]  # fmt: skip
+        lines.append(f"| {name} | {int(count):,} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _means(values: Mapping[str, Float[np.ndarray, "P"]], name: str, picks) -> tuple[float, Float[np.ndarray, "R"]]:
-    """Returns the mean over problems, and over each resample of them; "ratio" is one of sums."""
-    if name == "ratio":
-        computed, delivered = values["computed"], values["delivered"]
-        return computed.sum() / delivered.sum(), computed[picks].sum(axis=1) / delivered[picks].sum(axis=1)
-    return values[name].mean(), values[name][picks].mean(axis=1)
 
 
 def _cell(mean: float, spread: Float[np.ndarray, "R"], *, signed: bool = False) -> str:
     low, high = np.quantile(spread, [0.025, 0.975])
     sign = "+" if signed else ""
-    return f"{mean:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
+    return f"{100 * mean:{sign}.2f} [{100 * low:{sign}.2f}, {100 * high:{sign}.2f}]"
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ def request(name, prompt, **changes) -> RolloutRequest:
     plain = dict(
         problem_id=name, token_ids=prompt.tokens.astype(np.int32), patches=prompt.patches, grid_thw=prompt.grids,
         positions=positions, rope_delta=delta, seed=0, group_size=1, root_leaves=1, max_branches_per_sequence=0,
-        tau_high=math.inf, branch_at="window_end", branch_choice="first", temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=LENGTH,
+        tau_high=math.inf, branch_at="window_end", branch_choice="first", temperature=0.0, top_p=1.0, top_k=0,
+        max_new_tokens=LENGTH,
     )  # fmt: skip
     return RolloutRequest(**{**plain, **changes})
 
