@@ -67,7 +67,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
 
     rows = {}
     with workspace.sampler() as client:
-        client.push_weights(workspace.to_send(workspace.params(_STAGE.value)), 0)
+        client.push_weights(workspace.host_params(workspace.params(_STAGE.value)), 0)
         entropies = [leaf.entropies for tree in draw(client, 0, group_size=8) for leaf in tree.leaves]
         tau = batch_threshold(entropies, definition=a.tau_definition, quantile=a.tau_quantile, window=a.window)
         for name, (at, choice) in RULES.items():

@@ -63,7 +63,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     rng = np.random.default_rng(config.seed)
     rows: dict[str, list[list[Row]]] = {name: [] for name in ("branching", "equal tokens", "equal leaves")}
     with workspace.sampler() as client:
-        client.push_weights(workspace.to_send(workspace.params(_STAGE.value)), 0)
+        client.push_weights(workspace.host_params(workspace.params(_STAGE.value)), 0)
         # More than the tree has leaves: short samples are many for the same tokens.
         independent = [client.rollouts(requests(d, group_size=2 * a.group_size)) for d in range(_DRAWS.value)]
         entropies = [leaf.entropies for groups in independent for group in groups for leaf in group.leaves]

@@ -29,7 +29,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     config.sampler.transfers = True
     workspace = open_workspace(config, workdir)
     params = workspace.initial_params()
-    flat = workspace.to_send(params)
+    flat = workspace.host_params(params)
     gigabytes = sum(value.nbytes for value in flat.values()) / 1e9
     version = 0
     with workspace.sampler() as client, httpx.Client(base_url=client.urls[0], timeout=600) as http:

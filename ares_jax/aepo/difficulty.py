@@ -22,7 +22,7 @@ def bucket(num_correct: Int[Array, "..."] | int, group_size: int, rule: str = "p
     return xp.where(count >= easy, EASY, xp.where(count >= medium, MEDIUM, HARD))
 
 
-def noted(table: Mapping[str, int], measured: Mapping[str, int]) -> tuple[dict[str, int], dict[str, float]]:
+def update_difficulty(table: Mapping[str, int], measured: Mapping[str, int]) -> tuple[dict[str, int], dict[str, float]]:
     """Returns the table of each problem's last bucket with `measured` in it, and what that says of the training:
 
     difficulty/known: problems in the table; difficulty/easier, difficulty/harder: of those measured, how many are in an

@@ -1,6 +1,7 @@
 """What AEPO carries from one iteration to the next, besides the weights: thresholds, targets, controllers."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,7 +10,8 @@ from ml_collections import ConfigDict
 
 from ares_jax.aepo.kl import updated_controller
 from ares_jax.aepo.reward import updated_alpha
-from ares_jax.aepo.windows import smoothed
+from ares_jax.aepo.windows import smoothed, trees_threshold
+from ares_jax.sampling.rollout_tree import RolloutTree
 
 
 class AepoState(NamedTuple):
@@ -77,6 +79,23 @@ def updated_state(
         kappa,
         np.array(smoothed(float(state.kept_share), kept_share, 0.8)),
     )
+
+
+def after_iteration(
+    state: AepoState, aepo: ConfigDict, drawn: Sequence[RolloutTree], sums: Mapping[str, np.ndarray], kept_share: float
+) -> AepoState:
+    """Returns the state after an iteration that drew these scored trees; `sums` are those of `Learner.update`.
+
+    Thresholds and targets are measured on roots.
+    """
+    windows = np.concatenate([tree.windows[tree.is_root] for tree in drawn]).astype(float)
+    buckets = np.repeat([tree.difficulty for tree in drawn], [int(tree.is_root.sum()) for tree in drawn])
+    with np.errstate(invalid="ignore"):
+        control = sums["control_kl"] / sums["control_tokens"] if "control_kl" in sums else np.full(3, math.nan)
+    return updated_state(
+        state, aepo, batch_tau=trees_threshold(drawn, aepo), window_means=bucket_means(windows, buckets)[0],
+        control_kl=control, kept_share=kept_share,
+    )  # fmt: skip
 
 
 def to_json(state: AepoState) -> dict[str, Any]:

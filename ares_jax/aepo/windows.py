@@ -5,6 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float
+from ml_collections import ConfigDict
+
+from ares_jax.sampling.rollout_tree import RolloutTree
 
 
 def batch_threshold(entropies: Sequence[Float[np.ndarray, "N"]], *, definition: str, quantile: float, window: int) -> float:
@@ -26,6 +29,12 @@ def batch_threshold(entropies: Sequence[Float[np.ndarray, "N"]], *, definition: 
         ]
         return float(np.median(values)) if values else math.nan
     raise ValueError(f"tau_definition={definition!r} is not one of trajectory, window_median")
+
+
+def trees_threshold(trees: Sequence[RolloutTree], aepo: ConfigDict) -> float:
+    """Returns `batch_threshold` of the roots: a branch begins where entropy is high, and repeats its parent's tokens."""
+    roots = [leaf.entropies for tree in trees for leaf in tree.leaves if leaf.parent < 0]
+    return batch_threshold(roots, definition=aepo.tau_definition, quantile=aepo.tau_quantile, window=aepo.window)
 
 
 def smoothed(previous: float, value: float, decay: float) -> float:

@@ -17,18 +17,16 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from ares_jax.aepo.kl import per_token_kl
-from ares_jax.errors import Preempted
 from ares_jax.lifecycle.startup import STARTUP
-from ares_jax.lifecycle.steps import Steps
-from ares_jax.metrics import MetricsWriter
 from ares_jax.models.flops import update_flops
 from ares_jax.parallel.chips import utilization
 from ares_jax.parallel.distributed import gather, joint_position, local_rows, own_position
 from ares_jax.parallel.sharding import batch_sharding
-from ares_jax.params import Params, to_flat
+from ares_jax.params import Params
 from ares_jax.run.workspace import Workspace
-from ares_jax.training import Update, abstract_state, initial_state, make_optimizer, make_schedule, trainable
+from ares_jax.training import Update, make_optimizer, make_schedule, trainable
 from ares_jax.training.log_probs import TokenStatistics, token_statistics
+from ares_jax.training.run import TrainingRun
 from ares_jax.training.update import LossFn
 from data_pipeline.packing import Segment, padding_share, response_segment
 from data_pipeline.prompts import Prompt
@@ -83,52 +81,42 @@ def fine_tune(
 
     Returns the number of response tokens learned from.
     """
-    config = workspace.config
-    warmup_steps, final_fraction = int(config.cold_start.warmup_fraction * steps), 0.1
-    schedule = make_schedule(learning_rate, steps=steps, warmup_steps=warmup_steps, final_fraction=final_fraction)
-    optimizer = make_optimizer(
-        config.optimizer, learning_rate=learning_rate, steps=steps, warmup_steps=warmup_steps, final_fraction=final_fraction
-    )
+    config, place = workspace.config, workspace.placement
+    pace = {
+        "learning_rate": learning_rate, "steps": steps, "warmup_steps": int(config.cold_start.warmup_fraction * steps),
+        "final_fraction": 0.1,
+    }  # fmt: skip
+    schedule, optimizer = make_schedule(**pace), make_optimizer(config.optimizer, **pace)
     statistics = token_statistics(workspace.model, jnp.asarray(workspace.banned))
-    trained, place = trainable(config.optimizer, lora=lora), workspace.placement
+    trained = trainable(config.optimizer, lora=lora)
     update = Update(fine_tuning_loss(statistics, config.cold_start.kl.estimator), optimizer, place, trained)
     rows = batch_sharding(place.mesh)
     reference_log_probs = jax.jit(lambda params, batch: statistics(params, batch)[0], out_shardings=rows)
-    checkpoints = workspace.checkpoints(stage)
-    done = checkpoints.latest()
-    first_params = start() if guided or done is None else {}
-    # What is not trained is never another's. A copy: the update donates its buffers.
-    reference = {name: jnp.copy(value) for name, value in first_params.items() if trained(name)} if guided else None
-    if done is None:
-        state, tokens, progress = initial_state(first_params, optimizer, place, trained), 0, None
-    else:
-        template = abstract_state(to_flat(workspace.model), optimizer, place, trained)
-        params, rest, extra = checkpoints.restore(done, template.params, template._replace(params={}))
-        state = rest._replace(params=params)
-        batches.set_state(own_position(extra["iterator"]))
-        tokens, progress = extra["tokens"], extra["progress"]
-    del first_params
-    first, values = int(state.step), {"skipped": float(state.skipped)}
+    training = TrainingRun(workspace, stage, optimizer, trained, start, reference="device" if guided else "")
+    tokens: int = training.extra.get("tokens", 0)
+    if training.extra:
+        batches.set_state(own_position(training.extra["iterator"]))
+    values = {"skipped": float(training.state.skipped)}
     STARTUP.mark("weights")
-    folder = workspace.folder / stage
-    writer = MetricsWriter(folder, first)
+    first = training.step
     bar = tqdm(range(first, steps), desc=f"{stage}: fine-tuning", initial=first, total=steps, unit="step")
-    with Steps(folder, watchdog=config.watchdog_seconds, state=progress) as around:
+    with training.guard as guard:
         for step in bar:
-            with around.step(step):
+            with guard.step(step):
                 started = time.time()
                 segments = next(batches)
                 waited = time.time() - started
                 weighted, count = normalized(segments)
                 begin = time.time()
                 packed = workspace.pack(weighted)
-                if reference is not None:
+                if training.reference is not None:
                     for batch in packed:
                         with jax.set_mesh(place.mesh):
-                            log_probs = reference_log_probs({**state.params, **reference}, place.put_batch(batch))
-                        batch["reference_log_prob"] = local_rows(log_probs)
-                state, metrics = update(state, packed)
+                            params = {**training.state.params, **training.reference}
+                            batch["reference_log_prob"] = local_rows(reference_log_probs(params, place.put_batch(batch)))
+                training.state, metrics = update(training.state, packed)
                 skipped, values = values["skipped"], {name: float(value) for name, value in metrics.items()}
+            training.step = step + 1
             if values["skipped"] > skipped:
                 tqdm.write(f"{stage}: step {step + 1}: gradient not finite; update left out, {values['skipped']:.0f} so far")
             tokens += count
@@ -139,20 +127,15 @@ def fine_tune(
             frozen = config.optimizer.freeze_vision
             flops = update_flops(workspace.model.config, weighted, fixed_passes=int(guided), freeze_vision=frozen)
             values |= utilization(sum(gather(flops)), seconds, place.mesh.devices.flatten().tolist())
-            writer.write(step + 1, values | {"goodput": around.goodput()})
+            training.metrics.write(step + 1, values | {"goodput": guard.goodput()})
             bar.set_postfix(loss=f"{values['loss']:.3f}", tokens_per_s=f"{values['tokens_per_second']:.0f}")
-            stop = around.must_stop() and step + 1 < steps
+            stop = guard.must_stop() and step + 1 < steps
             if stop or (step + 1) % config.cold_start.save_every == 0 or step + 1 == steps:
-                extra = {
-                    "iterator": joint_position(batches.get_state()), "tokens": tokens, "progress": around.state()
-                }  # fmt: skip
-                checkpoints.save(step + 1, state.params, state._replace(params={}), extra)
-            if stop:
-                checkpoints.wait()
-                raise Preempted(f"saved {stage} at step {step + 1} of {steps}")
-    checkpoints.wait()
-    checkpoints.close()
-    writer.close()
+                extra = {"iterator": joint_position(batches.get_state()), "tokens": tokens}
+                if stop:
+                    raise training.stopped(extra, stage, steps)
+                training.save(extra)
+    training.end()
     return tokens
 
 

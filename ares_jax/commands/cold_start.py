@@ -23,7 +23,8 @@ from ares_jax.lifecycle.watchdog import watchdog
 from ares_jax.metrics import stage
 from ares_jax.parallel.micro_batch import check_rows, share_of
 from ares_jax.rewards.hard_split import hard_problems, write_hard_split
-from ares_jax.run.workspace import Workspace, everyone, open_workspace
+from ares_jax.run.workspace import Workspace, open_workspace
+from ares_jax.sampling.gathering import GatheringSampler
 from ares_jax.sampling.requests import derive_seed
 from data_pipeline.errors import DataError, OverlongError
 from data_pipeline.problems import Problem
@@ -105,7 +106,7 @@ def _pass_rates(workspace: Workspace, indices: list[int], path: Path) -> list[di
         return from_first(lambda: endpoint_pass_rates(workspace, indices, path))
     with watchdog(workspace.config.watchdog_seconds), workspace.sampler() as client:
         workspace.push(client, workspace.params("base"), 0)
-        return measure_pass_rates(workspace, everyone(client), indices, path)
+        return measure_pass_rates(workspace, GatheringSampler(client), indices, path)
 
 
 def _warm_up(workspace: Workspace) -> int:

@@ -167,7 +167,8 @@ def _stages(config: ConfigDict, workdir: Path) -> None:
     from ares_jax.lifecycle.watchdog import watchdog
     from ares_jax.metrics import stage, write_json
     from ares_jax.parallel.distributed import is_first
-    from ares_jax.run.workspace import everyone, open_workspace
+    from ares_jax.run.workspace import open_workspace
+    from ares_jax.sampling.gathering import GatheringSampler
 
     workspace, e = open_workspace(config, workdir), config.evaluation
     prompts = workspace.prompts("test")
@@ -187,7 +188,7 @@ def _stages(config: ConfigDict, workdir: Path) -> None:
             progress = {"total": len(prompts), "initial": len(so_far.known), "unit": "problem"}
             with so_far, tqdm(desc=f"evaluate {name}", **progress) as bar:
                 result = evaluate(
-                    everyone(client), prompts, workspace.decode, name=name, split="test", **drawn,
+                    GatheringSampler(client), prompts, workspace.decode, name=name, split="test", **drawn,
                     samples_shown=e.samples_shown, known=so_far.known, on_answer=partial(_keep, so_far, bar),
                 )  # fmt: skip
             write_json(path, {**result, "step": step})

@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from ares_jax.commands import cli
 from ares_jax.lifecycle.startup import STARTUP
 from ares_jax.parallel.distributed import require_alone
-from ares_jax.run.workspace import Workspace, open_workspace, sampler_mesh
+from ares_jax.run.samplers import sampler_mesh
+from ares_jax.run.workspace import Workspace, open_workspace
 from ares_jax.sampling import Engine
 from ares_jax.service.chat import ChatFormat
 from ares_jax.service.process import die_with

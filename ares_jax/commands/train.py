@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from ares_jax.aepo.trainer import Trainer
+from ares_jax.aepo.loop import Trainer
 from ares_jax.commands import cli
 from ares_jax.lifecycle.startup import STARTUP
 from ares_jax.metrics import goodput_sentence, read_jsonl, stage
@@ -29,7 +29,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
         record["tokens"] = trainer.run(client)
     print(f"AEPO: weights in {workdir / 'checkpoints' / 'aepo'}")
     if is_first():
-        print(goodput_sentence(read_jsonl(trainer.folder / "metrics.jsonl")))
+        print(goodput_sentence(read_jsonl(trainer.training.folder / "metrics.jsonl")))
 
 
 def start() -> None:

@@ -19,7 +19,8 @@ from ml_collections import ConfigDict
 from ares_jax.commands import cli
 from ares_jax.errors import UserError
 from ares_jax.metrics import read_jsonl, write_atomic, write_json
-from ares_jax.run.workspace import everyone, open_workspace
+from ares_jax.run.workspace import open_workspace
+from ares_jax.sampling.gathering import GatheringSampler
 from ares_jax.sampling.requests import derive_seed, rollout_request
 from ares_jax.sampling.trigger_words import WORDS, normalized
 
@@ -125,7 +126,7 @@ def _drawn(config: ConfigDict, workdir: Path) -> list[tuple[list[str], np.ndarra
     stage = (workspace.trained_stages() or ["base"])[-1]
     with workspace.sampler() as client:
         workspace.push(client, workspace.params(stage), 0)
-        groups = everyone(client).rollouts(requests)
+        groups = GatheringSampler(client).rollouts(requests)
     text: dict[int, str] = {}  # of each token id
     for leaf in (leaf for group in groups for leaf in group.leaves):
         text.update({i: workspace.tokenizer.decode([i]) for i in set(leaf.token_ids.tolist()) - set(text)})

@@ -1,9 +1,13 @@
 """Ask a sampler service every problem of a split once, grade the answers, count their tokens."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
+
+from ml_collections import ConfigDict
 
 from ares_jax.evaluation.intervals import wilson_interval
 from ares_jax.rewards.grading import is_correct
+from ares_jax.sampling.gathering import GatheringSampler
 from ares_jax.sampling.requests import derive_seed, rollout_request
 from ares_jax.sampling.rollout_tree import RolloutTree
 from data_pipeline.images import to_data_url
@@ -13,7 +17,7 @@ LEVELS = ("easy", "medium", "hard")
 
 
 def evaluate(
-    client,
+    sampler: GatheringSampler,
     prompts: Sequence[Prompt],
     decode: Callable[[Sequence[int]], str],
     *,
@@ -49,7 +53,7 @@ def evaluate(
         token_ids = group.leaves[0].token_ids.tolist()
         return decode(token_ids), len(token_ids)
 
-    groups = client.rollouts(requests, on_group=lambda place, group: on_answer(todo[place], *answer(group)))
+    groups = sampler.rollouts(requests, on_group=lambda place, group: on_answer(todo[place], *answer(group)))
     answers = {index: (line["response"], line["tokens"]) for index, line in known.items()}
     answers |= {index: answer(group) for index, group in zip(todo, groups, strict=True)}
     records = []
@@ -77,6 +81,22 @@ def evaluate(
         for prompt, response, correct, tokens in records[:samples_shown]
     ]  # fmt: skip
     return {"name": name, "split": split, "temperature": temperature, "levels": levels, "samples": samples}
+
+
+def validation_metrics(
+    sampler: GatheringSampler, prompts: Sequence[Prompt], decode: Callable[[Sequence[int]], str], config: ConfigDict
+) -> dict[str, float]:
+    """Returns accuracy and length on a run's validation split, over all and per level, and the seconds it took."""
+    e, begin = config.evaluation, time.time()
+    result = evaluate(
+        sampler, prompts, decode, name="aepo", split="validation", seed=config.seed,
+        max_new_tokens=config.sampler.max_response_tokens, temperature=e.temperature, top_p=e.top_p, samples_shown=0,
+    )  # fmt: skip
+    values = {"validation/accuracy": overall_accuracy(result), "time/validate": time.time() - begin}
+    for name, level in result["levels"].items():
+        values[f"validation/accuracy/{name}"] = level["accuracy"]
+        values[f"validation/length/{name}"] = level["mean_tokens"]
+    return values
 
 
 def overall_accuracy(result: dict) -> float:

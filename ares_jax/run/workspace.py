@@ -28,10 +28,11 @@ from ares_jax.parallel.micro_batch import row_count, share_of
 from ares_jax.parallel.sharding import Placement, make_mesh, place_model
 from ares_jax.params import Params, narrower, to_flat, with_params
 from ares_jax.run.environment import record_environment, save_config
+from ares_jax.run.samplers import colocated, sampler_mesh
 from ares_jax.sampling import Engine
-from ares_jax.sampling.everyone import Everyone
 from ares_jax.sampling.local import LocalSampler
 from ares_jax.sampling.options import engine_options
+from ares_jax.sampling.sampler import Sampler
 from ares_jax.sampling.trigger_words import WORDS, read_words, trigger_mask
 from ares_jax.service.client import RolloutClient
 from ares_jax.service.process import start_sampler
@@ -44,7 +45,6 @@ from data_pipeline.records import Keys
 from data_pipeline.sources import Mixture, Source, open_sources
 from data_pipeline.stream import Stream
 
-Sampler = RolloutClient | LocalSampler
 STAGES = ("base", "cold_start", "aepo")  # in the order in which they come
 
 
@@ -157,7 +157,7 @@ class Workspace:
         plain = abstract_model(self.model.config, **_types(self.config))
         return with_params(plain, dict(merged(params, self.model.lora)))
 
-    def drawn_with(self, params: Params) -> Iterator[tuple[str, jax.Array]]:
+    def sampler_params(self, params: Params) -> Iterator[tuple[str, jax.Array]]:
         """Yields the weights as the sampler has them: LoRA merged, no wider than the arithmetic, which rounds them first."""
         storage = self._sampler_types["param_dtype"]
         for name, value in merged(params, self.model.lora):
@@ -168,9 +168,9 @@ class Workspace:
         types = _types(self.config)
         return {**types, "param_dtype": narrower(types["dtype"], types["param_dtype"])}
 
-    def to_send(self, params: Params) -> dict[str, np.ndarray]:
+    def host_params(self, params: Params) -> dict[str, np.ndarray]:
         """Returns the weights as the sampler takes them, as NumPy arrays."""
-        return {name: to_host(value) for name, value in self.drawn_with(params)}
+        return {name: to_host(value) for name, value in self.sampler_params(params)}
 
     @contextmanager
     def sampler(self) -> Iterator[Sampler]:
@@ -203,16 +203,13 @@ class Workspace:
 
     def push(self, client: Sampler, params: Params, version: int) -> None:
         """Gives this process's sampler new weights; every process calls it together."""
-        if isinstance(client, LocalSampler):
-            client.push_weights(dict(self.drawn_with(params)), version)
-        else:
-            client.push_weights(self.to_send(params), version)
+        client.push_weights(self.sampler_params(params), version)
 
     def engine(self, params: Params) -> Engine:
-        """Returns an engine with the given weights, as `drawn_with` gives them, on the devices where they lie."""
+        """Returns an engine with the given weights, as `sampler_params` gives them, on the devices where they lie."""
         plain = abstract_model(self.model.config, **self._sampler_types)
         return Engine(
-            with_params(plain, dict(self.drawn_with(params))), engine_options(self.config),
+            with_params(plain, dict(self.sampler_params(params))), engine_options(self.config),
             eos_token_ids=[self.tokenizer.eos_token_id],
             banned=self.banned, trigger_mask=self.trigger, token_bytes=tokenizer.token_bytes(self.tokenizer),
         )  # fmt: skip
@@ -223,28 +220,6 @@ class Workspace:
         return self.engine(
             {name: jnp.zeros(x.shape, x.dtype, device=places[name]) for name, x in to_flat(self.model).items()}
         )
-
-
-def colocated(config: ConfigDict) -> bool:
-    """Returns whether rollouts are drawn in the learner's own processes: if they shall be, or if there is no other way.
-
-    On a TPU or a GPU a second process would find the devices, or their memory, taken.
-    """
-    s = config.sampler
-    return s.colocated or (not s.url and jax.default_backend() != "cpu")
-
-
-def sampler_mesh(config: ConfigDict) -> jax.sharding.Mesh:
-    """Returns the first `sampler.tensor` devices of this host as a mesh. Raises `UserError` if there are fewer."""
-    count, devices = config.sampler.tensor, jax.local_devices()
-    if not 1 <= count <= len(devices):
-        raise UserError(f"sampler.tensor={count}: this host has {len(devices)} devices; give 1 to {len(devices)}")
-    return make_mesh(tensor=count, devices=devices[:count])
-
-
-def everyone(client: Sampler) -> Everyone:
-    """Returns a client with which all processes share the same requests, and each gets all groups."""
-    return Everyone(client)
 
 
 def open_workspace(

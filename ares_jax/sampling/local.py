@@ -1,14 +1,13 @@
 """The sampler inside the learner's process: one engine a host, behind the client's interface."""
 
-from collections.abc import Callable, Mapping, Sequence
-
-import jax
+from collections.abc import Sequence
 
 from ares_jax.errors import BrokenOffError
 from ares_jax.parallel.distributed import local_parts
 from ares_jax.sampling.engine import Engine
 from ares_jax.sampling.requests import RolloutRequest
 from ares_jax.sampling.rollout_tree import RolloutTree
+from ares_jax.sampling.sampler import NamedArrays, OnTree, ignore, named
 
 
 class LocalSampler:
@@ -17,18 +16,14 @@ class LocalSampler:
     def __init__(self, engine: Engine):
         self._engine, self._broken_off = engine, False
 
-    def push_weights(self, params: Mapping[str, jax.Array], version: int) -> None:
+    def push_weights(self, params: NamedArrays, version: int) -> None:
         """Takes a copy of the weights, wherever they lie; every process calls it together."""
         specs = self._engine.weight_specs()
         self._engine.load_weights(
-            {name: local_parts(value, specs[name].sharding) for name, value in params.items()}, version
+            {name: local_parts(value, specs[name].sharding) for name, value in named(params)}, version
         )
 
-    def rollouts(
-        self,
-        requests: Sequence[RolloutRequest],
-        on_group: Callable[[int, RolloutTree], None] = lambda index, group: None,
-    ) -> list[RolloutTree]:
+    def rollouts(self, requests: Sequence[RolloutRequest], on_group: OnTree = ignore) -> list[RolloutTree]:
         """Returns the groups in the order of `requests`; `on_group(index, group)` is told of each as it is complete.
 
         Raises `BrokenOffError` after `break_off`.

@@ -7,19 +7,22 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import httpx
+import jax
 import numpy as np
 from safetensors.numpy import save
 
 from ares_jax.errors import BrokenOffError, UserError
+from ares_jax.parallel.distributed import to_host
 from ares_jax.sampling.requests import RolloutRequest
 from ares_jax.sampling.rollout_tree import RolloutTree
+from ares_jax.sampling.sampler import NamedArrays, OnTree, ignore, named
 from ares_jax.service import transfer
 from ares_jax.service.protocol import VERSION_HEADER, decode_group, encode_request
 from ares_jax.service.shared_memory import file_in
@@ -60,7 +63,7 @@ class RolloutClient:
                 time.sleep(0.2)
 
     def push_weights(
-        self, flat: Mapping[str, np.ndarray], version: int, *, in_flight: Literal["continue", "finish"] = "continue"
+        self, params: NamedArrays, version: int, *, in_flight: Literal["continue", "finish"] = "continue"
     ) -> None:
         """Gives every sampler new weights, all at a time; one that is away gets them when it is back.
 
@@ -72,6 +75,7 @@ class RolloutClient:
         Raises:
           UserError: one refuses them, or none could be reached for `patience` seconds.
         """
+        flat = {name: to_host(x) if isinstance(x, jax.Array) else x for name, x in named(params)}
         weights = _Weights(flat, version)
         deadline = time.monotonic() + self._patience
 
@@ -90,11 +94,7 @@ class RolloutClient:
         weights.keep_one_copy()
         self._pushed = weights
 
-    def rollouts(
-        self,
-        requests: Sequence[RolloutRequest],
-        on_group: Callable[[int, RolloutTree], None] = lambda index, group: None,
-    ) -> list[RolloutTree]:
+    def rollouts(self, requests: Sequence[RolloutRequest], on_group: OnTree = ignore) -> list[RolloutTree]:
         """Returns the groups in the order of `requests`; `on_group(index, group)` is told of each as it arrives.
 
         Each group is taken exactly once. What a lost sampler had not delivered goes to the others, or to itself when it

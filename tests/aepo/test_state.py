@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ares_jax.aepo.difficulty import noted
+from ares_jax.aepo.difficulty import update_difficulty
 from ares_jax.aepo.state import bucket_means, from_json, initial_state, to_json, updated_state
 from ares_jax.config import default_config
 
@@ -78,6 +78,6 @@ def test_bucket_means_of_an_empty_bucket_are_nothing():
 
 def test_the_difficulty_table_keeps_each_problems_last_bucket_and_counts_moves():
     table = {"a": 0, "b": 1, "c": 2}
-    updated, values = noted(table, {"a": 2, "b": 0, "c": 2, "d": 1})
+    updated, values = update_difficulty(table, {"a": 2, "b": 0, "c": 2, "d": 1})
     assert updated == {"a": 2, "b": 0, "c": 2, "d": 1} and table["a"] == 0
     assert values == {"difficulty/known": 4, "difficulty/easier": 1, "difficulty/harder": 1}

@@ -12,19 +12,25 @@ import numpy as np
 import pytest
 
 from ares_jax.aepo import state as aepo_state
-from ares_jax.aepo.trainer import Trainer, check
+from ares_jax.aepo import updates
+from ares_jax.aepo.checks import check
+from ares_jax.aepo.loop import Trainer
+from ares_jax.aepo.metrics import iteration_metrics
+from ares_jax.aepo.producer import RolloutProducer
 from ares_jax.commands.serve import make_engine
 from ares_jax.errors import Preempted, UserError
 from ares_jax.metrics import read_jsonl
 from ares_jax.models.lora import is_lora, merged
 from ares_jax.parallel.sharding import make_mesh
 from ares_jax.rewards.hard_split import write_hard_split
-from ares_jax.run.workspace import Workspace, colocated, open_workspace
+from ares_jax.run.samplers import colocated
+from ares_jax.run.workspace import Workspace, open_workspace
 from ares_jax.sampling.local import LocalSampler
 from ares_jax.sampling.rollout_tree import Trajectory, tree_of
 from ares_jax.training import initial_state, make_optimizer
 from configs.digits_cpu import get_config
 from data_pipeline.sources import open_sources
+from tests import digits
 
 
 class InProcess:
@@ -35,9 +41,9 @@ class InProcess:
         self.versions: list[int] = []
         self.pushed = {}
 
-    def push_weights(self, flat, version):
-        self.pushed = flat
-        self.engine.load_weights(flat, version)
+    def push_weights(self, params, version):
+        self.pushed = {name: np.array(value) for name, value in params}  # copies: the update donates its buffers
+        self.engine.load_weights(self.pushed, version)
         if version == self.preempted_at:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -178,7 +184,7 @@ def filling(rewards, **changes):
 
 def completed(trainer, iteration, missing):
     """What becomes of a first draw."""
-    return Trainer.complete(trainer, trainer.background.submit(trainer.draw, iteration, 0, missing, None), iteration)
+    return RolloutProducer.complete(trainer, trainer.background.submit(trainer.draw, iteration, 0, missing, None), iteration)
 
 
 def test_a_batch_is_filled_up_with_groups_that_teach():
@@ -205,15 +211,28 @@ def test_a_batch_that_cannot_be_filled_says_how_hard_the_problems_are():
     assert len(asked) == 2
 
 
-def test_recomputed_log_probs_are_of_the_policy_before_all_updates():
-    learner = SimpleNamespace(log_probs=lambda params, batches: (params, batches))
-    trainer = SimpleNamespace(
-        aepo=SimpleNamespace(old_log_probs="recomputed"), learner=learner, train_state=SimpleNamespace(params="now"),
-        packed=lambda part: ("segments", f"packed {part}"),
-    )  # fmt: skip
-    assert Trainer.recomputed(trainer, ["a", "b", "c"]) == [None, ("now", "packed b"), ("now", "packed c")]
-    trainer.aepo.old_log_probs = "sampler"
-    assert Trainer.recomputed(trainer, ["a", "b"]) == [None, None]
+@pytest.mark.parametrize("old", ["recomputed", "sampler"])
+def test_recomputed_log_probs_are_of_the_policy_before_all_updates(monkeypatch, old):
+    """They are computed before the first update, which needs none, as it is of that policy."""
+    given = []
+
+    def update(state, batches, reference, before):
+        given.append((batches, before))
+        return SimpleNamespace(params="later", skipped=0), dict(loss=0.0, grad_norm=0.0, skipped=0, tokens=np.ones(()))
+
+    learner = SimpleNamespace(log_probs=lambda params, batches: f"{params} of {batches}", update=update)
+    monkeypatch.setattr(updates, "packed", lambda workspace, part, state: ([], part[0]))
+    monkeypatch.setattr(updates, "padding_share", lambda batches: 0.0)
+    monkeypatch.setattr(updates, "update_flops", lambda *_, **__: 0.0)
+    c = get_config()
+    c.aepo.update(old_log_probs=old, minibatches=3)
+    training = SimpleNamespace(step=0, reference=None, state=SimpleNamespace(params="now", skipped=0))
+    workspace = SimpleNamespace(config=c, model=SimpleNamespace(config=digits.model().config))
+    result = updates.update_policy(learner, workspace, training, ["a", "b", "c"], None)
+    assert sorted(batches for batches, _ in given) == ["a", "b", "c"] and given[0][1] is None
+    for batches, before in given[1:]:
+        assert before == (f"now of {batches}" if old == "recomputed" else None)
+    assert training.state.params == "later" and result.sums == {"tokens": 3}
 
 
 def test_a_response_shorter_than_a_window_has_no_window_to_average():
@@ -230,25 +249,25 @@ def test_a_response_shorter_than_a_window_has_no_window_to_average():
     tree = tree_of("p", leaves, prompt_tokens=3, window=4)
     drawn = [replace(tree, difficulty=1, correct=right, rewards=right - np.array([0, 0.5, 0]), formatted=1)]
     sums = dict.fromkeys(("tokens", "entropy", "mismatch", "clip_low", "clip_high", "clip_dual"), np.ones(()))
-    trainer = SimpleNamespace(aepo=c.aepo, config=c, iteration=0, state=aepo_state.initial_state(c.aepo))
-    values = Trainer.statistics(trainer, drawn, drawn, sums)
+    rest = {"iteration": 0, "state": aepo_state.initial_state(c.aepo), "aepo": c.aepo, "max_tokens": 128}
+    values = iteration_metrics(drawn, len(drawn), sums, **rest)
     assert values["entropy/window"] == pytest.approx(3 / 95)  # two windows of the first, 93 of the second
     assert values["format"] == pytest.approx(1 / 3)
     # 96 tokens of 128: half of the buffer is taken.
     assert values["reward/overlong"] == pytest.approx(-0.5 / 3) and values["reward/shaping"] == pytest.approx(0)
     short = tree_of("p", leaves[2:], prompt_tokens=3, window=4)
     alone = [replace(short, difficulty=1, correct=right[:1], rewards=np.ones(1))]
-    assert np.isnan(Trainer.statistics(trainer, alone, alone, sums)["entropy/window"])
+    assert np.isnan(iteration_metrics(alone, 1, sums, **rest)["entropy/window"])
 
 
 def test_overlapped_rollouts_are_one_update_old_and_the_best_validated_step_is_kept(trainer):
     one = trainer("run", staleness=1, save_every=3, validate_every=2, keep_checkpoints=1, warmup_steps=2)
     validate, accuracies = one.validate, {0: 0.9, 2: 0.5, 4: 0.25}
-    one.validate = lambda: validate() | {"validation/accuracy": accuracies[one.iteration]}
+    one.validate = lambda: validate() | {"validation/accuracy": accuracies[one.training.step]}
     assert run(one).versions == [0, 0, 1, 2]
     checkpoints = one.workspace.checkpoints("aepo")
     assert checkpoints.steps() == [2, 4] and checkpoints.best() == 2
-    lines = read_jsonl(one.folder / "metrics.jsonl")
+    lines = read_jsonl(one.training.folder / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4] and lines[-1]["tokens/total"] == one.tokens > 0
     assert all(line["mismatch"] < 1e-5 for line in lines[1:2])  # the first batch's policy is the learner's
     for line in lines[1:]:
@@ -264,26 +283,26 @@ def test_a_run_resumes_on_another_mesh_and_ends_with_the_same_weights(trainer):
     run(one)
     split = trainer("split", devices=4, steps=1, learning_rate=1e-5)
     run(split)
-    assert len(split.train_state.params["text.layers.gate_kernel"].addressable_shards[0].data[0]) == 16
+    assert len(split.training.state.params["text.layers.gate_kernel"].addressable_shards[0].data[0]) == 16
     rest = trainer("split", steps=2, learning_rate=1e-5)
-    assert rest.iteration == 1
+    assert rest.training.step == 1
     run(rest)
-    for name, value in one.train_state.params.items():
-        np.testing.assert_allclose(value, rest.train_state.params[name], atol=5e-5, err_msg=name)
+    for name, value in one.training.state.params.items():
+        np.testing.assert_allclose(value, rest.training.state.params[name], atol=5e-5, err_msg=name)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(trainer):
     whole = trainer("whole")
     assert run(whole).versions == [0, 1, 2, 3]  # on-policy
-    assert all(line["overlap"] == 0 for line in read_jsonl(whole.folder / "metrics.jsonl")[1:])
+    assert all(line["overlap"] == 0 for line in read_jsonl(whole.training.folder / "metrics.jsonl")[1:])
     run(trainer("parts", steps=1))
     with pytest.raises(Preempted, match="saved AEPO at step 3 of 4"):
         run(trainer("parts", save_every=9), preempted_at=3)
     rest = trainer("parts")
-    assert rest.iteration == 3
+    assert rest.training.step == 3
     run(rest)
-    for name, value in whole.train_state.params.items():
-        np.testing.assert_array_equal(value, rest.train_state.params[name], err_msg=name)
+    for name, value in whole.training.state.params.items():
+        np.testing.assert_array_equal(value, rest.training.state.params[name], err_msg=name)
     for mine, other in zip(whole.state, rest.state, strict=True):
         np.testing.assert_array_equal(mine, other)
     assert whole.difficulty == rest.difficulty and len(whole.difficulty) >= 8
@@ -293,13 +312,13 @@ def test_lora_alone_is_trained_from_the_cold_starts_and_the_sampler_gets_it_merg
     one = trainer("run", lora=2, steps=3, kl={"reference": "host"}, minibatches=2, old_log_probs="recomputed")
     client = run(one)
     start = one.workspace.params("cold_start")
-    assert set(one.reference) == {name for name in start if is_lora(name)}
+    assert set(one.training.reference) == {name for name in start if is_lora(name)}
     for name, value in start.items():
-        assert np.array_equal(value, one.train_state.params[name]) != is_lora(name), name
-        np.testing.assert_array_equal(one.reference.get(name, value), value)
-    for name, value in merged(one.train_state.params, one.workspace.model.lora):
+        assert np.array_equal(value, one.training.state.params[name]) != is_lora(name), name
+        np.testing.assert_array_equal(one.training.reference.get(name, value), value)
+    for name, value in merged(one.training.state.params, one.workspace.model.lora):
         np.testing.assert_array_equal(client.pushed[name], value)
-    lines = read_jsonl(one.folder / "metrics.jsonl")[1:]
+    lines = read_jsonl(one.training.folder / "metrics.jsonl")[1:]
     assert [line["step"] for line in lines] == [1, 2, 3] and all(line["mismatch"] < 1e-5 for line in lines)
     kl = [max(value for name, value in line.items() if name.startswith("kl/")) for line in lines]
     assert kl[-1] > 1e-6  # drift from where it began, which the second minibatch of the first step sees already

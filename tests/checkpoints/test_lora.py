@@ -41,7 +41,7 @@ def test_the_export_is_the_merged_model(run, tmp_path):
         convert.main(config, folder)
     exported, workspace = to_flat(load_hf(tmp_path / "export")), open_workspace(config, folder)
     expected = dict(merged(params, workspace.model.lora))
-    taken = to_flat(workspace.load("aepo")), workspace.to_send(workspace.params("aepo"))
+    taken = to_flat(workspace.load("aepo")), workspace.host_params(workspace.params("aepo"))
     for name, value in expected.items():
         for found in (exported, *taken):
             np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-4, err_msg=name)

@@ -13,7 +13,7 @@ from ares_jax.checkpoints import manager
 from ares_jax.checkpoints.manager import Checkpoints
 from ares_jax.commands import cli
 from ares_jax.errors import Preempted
-from ares_jax.lifecycle.steps import Steps
+from ares_jax.lifecycle.step_guard import StepGuard
 from ares_jax.metrics import MetricsWriter, append_jsonl
 from ares_jax.parallel.distributed import barrier, put
 from ares_jax.parallel.sharding import make_mesh
@@ -41,7 +41,7 @@ def main(config, workdir):
         return small_files(config, workdir)
     if _MODE.value == "memory":
         jnp.zeros(2**46).block_until_ready()
-    with Steps(workdir, watchdog=config.watchdog_seconds, state=progress) as around:
+    with StepGuard(workdir, watchdog=config.watchdog_seconds, state=progress) as around:
         for step in range(first, 10_000):
             with around.step(step):
                 if _MODE.value == "hang" and jax.process_index() == 1:

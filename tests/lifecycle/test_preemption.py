@@ -10,7 +10,7 @@ import pytest
 from ares_jax.errors import BrokenOffError, Preempted
 from ares_jax.lifecycle import preemption
 from ares_jax.lifecycle.preemption import agreed, breaking_off, from_first, held, told
-from ares_jax.sampling.everyone import Everyone
+from ares_jax.sampling.gathering import GatheringSampler
 from ares_jax.sampling.local import LocalSampler
 from ares_jax.service.client import RolloutClient
 from tests.service import fake
@@ -81,7 +81,7 @@ def test_all_rollouts_are_broken_off_and_what_came_is_told(listening, colocated)
 
     def ask(client):
         with pytest.raises(Preempted):
-            Everyone(client).rollouts(requests, on_group=arrived)
+            GatheringSampler(client).rollouts(requests, on_group=arrived)
         with pytest.raises(BrokenOffError):  # nothing begins any more
             client.rollouts(requests[:2])
 

@@ -16,17 +16,17 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from ares_jax.aepo.trainer import check
+from ares_jax.aepo.checks import check
 from ares_jax.checkpoints.manager import Checkpoints
 from ares_jax.errors import UserError
 from ares_jax.lifecycle.memory import ADVICE
 from ares_jax.lifecycle.profiling import Profiler, trace_steps
 from ares_jax.lifecycle.startup import _COMPILATION, Startup
-from ares_jax.lifecycle.steps import Steps
+from ares_jax.lifecycle.step_guard import StepGuard
 from ares_jax.lifecycle.watchdog import feed, watchdog
 from ares_jax.models.qwen2_5_vl.layers import REMAT
 from ares_jax.parallel.micro_batch import check_rows
-from ares_jax.sampling.everyone import Everyone
+from ares_jax.sampling.gathering import GatheringSampler
 from ares_jax.training import make_optimizer
 from configs.qwen2_5_vl_7b_aepo import get_config
 from tests.warm_python import warm_python
@@ -104,7 +104,7 @@ def test_what_is_no_step_is_watched_too_and_an_answer_feeds_it(monkeypatch):
             on_group(index, None)
         return list(requests)
 
-    client = Everyone(SimpleNamespace(rollouts=rollouts, break_off=None))
+    client = GatheringSampler(SimpleNamespace(rollouts=rollouts, break_off=None))
     with watchdog(9.0):
         client.rollouts([1, 2])
         with watchdog(0.0):
@@ -204,7 +204,7 @@ def test_what_to_change_when_memory_is_short_can_be_typed(monkeypatch):
 
 def test_goodput_counts_what_will_not_be_done_again(tmp_path, monkeypatch):
     clock = [1000.0]
-    monkeypatch.setattr("ares_jax.lifecycle.steps.time", SimpleNamespace(time=lambda: clock[0]))
+    monkeypatch.setattr("ares_jax.lifecycle.step_guard.time", SimpleNamespace(time=lambda: clock[0]))
 
     def pass_step(around, number, *, broken=False):
         with around.step(number):
@@ -212,7 +212,7 @@ def test_goodput_counts_what_will_not_be_done_again(tmp_path, monkeypatch):
             if broken:
                 around.broken_off()
 
-    with Steps(tmp_path, watchdog=0) as around:
+    with StepGuard(tmp_path, watchdog=0) as around:
         pass_step(around, 0)  # which compiles
         pass_step(around, 1)
         assert around.goodput() == 10 / 20
@@ -222,7 +222,7 @@ def test_goodput_counts_what_will_not_be_done_again(tmp_path, monkeypatch):
         pass_step(around, 2, broken=True)
         assert around.goodput() == 10 / 40
     clock[0] += 40  # nobody runs it
-    with Steps(tmp_path, watchdog=0, state=around.state()) as again:
+    with StepGuard(tmp_path, watchdog=0, state=around.state()) as again:
         pass_step(again, 2)
         pass_step(again, 3)
         assert again.goodput() == 20 / 100

@@ -13,7 +13,7 @@ from ares_jax.models.qwen2_5_vl.config import PUBLISHED
 from ares_jax.models.qwen2_5_vl.paged import cached_heads
 from ares_jax.params import to_flat, with_params
 from ares_jax.planning import aot
-from ares_jax.run.workspace import sampler_mesh
+from ares_jax.run.samplers import sampler_mesh
 from ares_jax.sampling.local import LocalSampler
 from ares_jax.sampling.rows import to_rows
 from configs import qwen2_5_vl

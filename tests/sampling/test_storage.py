@@ -21,7 +21,7 @@ def test_a_sampler_that_multiplies_in_bfloat16_stores_bfloat16_and_draws_the_sam
     assert {value.dtype for value in params.values()} == {jnp.dtype("float32")}
     narrow = workspace.engine(params)
     assert {spec.dtype for spec in narrow.weight_specs().values()} == {jnp.dtype("bfloat16")}
-    assert {value.dtype for value in workspace.to_send(params).values()} == {jnp.dtype("bfloat16")}
+    assert {value.dtype for value in workspace.host_params(params).values()} == {jnp.dtype("bfloat16")}
 
     requests = [request(prompt, seed=i) for i, prompt in enumerate(workspace.prompts("train", limit=3))]
     with monkeypatch.context() as patch:

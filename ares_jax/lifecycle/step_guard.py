@@ -12,7 +12,7 @@ from ares_jax.lifecycle.watchdog import feed, watchdog
 from ares_jax.parallel.distributed import is_first
 
 
-class Steps:
+class StepGuard:
     """Surrounds the steps of one stage, over all attempts at it.
 
     Goodput is the share of the time since the stage was first begun, interruptions included, that went into steps which
@@ -27,7 +27,7 @@ class Steps:
         self._seconds, self._profiler = watchdog, Profiler(folder)
         self._stack = ExitStack()
 
-    def __enter__(self) -> "Steps":
+    def __enter__(self) -> "StepGuard":
         self._stack.enter_context(preemption.held())
         self._stack.enter_context(watchdog(self._seconds))
         self._stack.callback(self._profiler.close)
