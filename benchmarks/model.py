@@ -30,7 +30,7 @@ from ares_jax.models.qwen2_5_vl import Qwen25VL, Qwen25VLConfig, TextConfig, Vis
 from ares_jax.parallel.chips import peak_flops
 from ares_jax.parallel.sharding import make_mesh, place_model
 from ares_jax.params import to_flat, with_params
-from ares_jax.sampling.programs import Programs, Prompts, Rows, cut_layers, leaf_keys
+from ares_jax.sampling.programs import DecodeState, Programs, Prompts, cut_layers, leaf_keys
 from ares_jax.training import Update, initial_state
 from ares_jax.training.log_probs import token_statistics
 from kernels.logits import token_logits
@@ -198,9 +198,9 @@ def _decode(model: Qwen25VL, params: dict, theirs: torch.nn.Module, tokens: np.n
     shape = (c.num_layers, 1 + table.size, _PAGE, 2 * c.num_kv_heads, c.head_dim)
     positions = jnp.broadcast_to(jnp.arange(_PROMPT, dtype=jnp.int32), (_SEQUENCES, 3, _PROMPT))
     ones = jnp.ones(_SEQUENCES, jnp.int32)
-    rows = Rows(
-        token=jnp.asarray(prompts[:, -1]), length=ones * (_PROMPT - 1), place=ones * 0, alive=ones > 0, rope_delta=ones * 0,
-        end=ones * _NEW, key=leaf_keys(jax.random.key(0), _SEQUENCES), temperature=ones * 0.0, top_p=ones * 1.0,
+    rows = DecodeState(
+        token=jnp.asarray(prompts[:, -1]), length=ones * (_PROMPT - 1), response_index=ones * 0, alive=ones > 0,
+        rope_delta=ones * 0, end=ones * _NEW, key=leaf_keys(jax.random.key(0), _SEQUENCES), temperature=ones * 0.0, top_p=ones * 1.0,
         top_k=ones * 0, tau_high=ones * jnp.inf, ring=jnp.zeros((_SEQUENCES, 4)),
         ring_tokens=jnp.zeros((_SEQUENCES, 4), jnp.int32),
     )  # fmt: skip

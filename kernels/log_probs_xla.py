@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels.logits import finished, precision, products, statistics, token_logits
+from kernels.logits import precision, raw_logits, scale_and_mask, statistics, token_logits
 from kernels.rows import each_row
 
 LOGITS = 1024 * 151_936  # at most held at one time, however large the vocabulary
@@ -31,7 +31,7 @@ def forward(
 
     def of_row(row):
         raw, target = row
-        logits = finished(raw, temperature, banned)
+        logits = scale_and_mask(raw, temperature, banned)
         top = jnp.max(logits)
         shifted = logits - top
         weights = jnp.exp(shifted)
@@ -40,7 +40,7 @@ def forward(
 
     def step(_, piece):
         h, target = piece
-        return None, each_row(of_row, (products(h, lm_head), target))
+        return None, each_row(of_row, (raw_logits(h, lm_head), target))
 
     _, results = jax.lax.scan(step, None, _pieces((hidden, targets), chunk))
     return tuple(x.reshape(-1)[: len(hidden)] for x in results)

@@ -20,11 +20,11 @@ def token_logits(
     banned: Bool[Array, "V"] | None,
 ) -> Float[Array, "N V"]:
     """Returns float32 logits divided by the temperature, -inf at banned tokens."""
-    return finished(products(hidden, lm_head), temperature, banned)
+    return scale_and_mask(raw_logits(hidden, lm_head), temperature, banned)
 
 
-def products(hidden: Float[Array, "N D"], lm_head: Float[Array, "V D"]) -> Float[Array, "N V"]:
-    """Returns what logits are made of, float32."""
+def raw_logits(hidden: Float[Array, "N D"], lm_head: Float[Array, "V D"]) -> Float[Array, "N V"]:
+    """Returns float32 logits at temperature 1, of every token."""
     count = len(hidden)
     if count == 1 and hidden.dtype == jnp.bfloat16:
         hidden = jnp.pad(hidden, ((0, 1), (0, 0)))  # XLA's CPU code for one such row takes ten times as long as for two
@@ -32,11 +32,11 @@ def products(hidden: Float[Array, "N D"], lm_head: Float[Array, "V D"]) -> Float
     return wide[:count]
 
 
-def finished(
-    products: Float[Array, "... V"], temperature: float | Float[Array, "..."], banned: Bool[Array, "V"] | None
+def scale_and_mask(
+    raw: Float[Array, "... V"], temperature: float | Float[Array, "..."], banned: Bool[Array, "V"] | None
 ) -> Float[Array, "... V"]:
-    """Returns the logits that `products` become."""
-    logits = products / temperature
+    """Returns `raw_logits` over the temperature, -inf at banned tokens."""
+    logits = raw / temperature
     return logits if banned is None else jnp.where(banned, -jnp.inf, logits)
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from kernels.logits import finished, products
+from kernels.logits import raw_logits, scale_and_mask
 from kernels.noise import gumbel, threefry
 from kernels.rows import each_row
 
@@ -50,14 +50,14 @@ def look(
     `noise` is 1 to sample and 0 to take the most likely; `first_id` is the token that the head's first row stands for.
     The sums are over all tokens.
     """
-    raw = products(hidden, lm_head)
+    raw = raw_logits(hidden, lm_head)
     width = raw.shape[1]
     places = min(CANDIDATES, width)
     ids = first_id.astype(jnp.uint32) + jnp.arange(width, dtype=jnp.uint32)
 
     def look_at(row) -> Partial:
         raw, temperature, words, noise, floor = row
-        logits = finished(raw, temperature, banned)
+        logits = scale_and_mask(raw, temperature, banned)
         top = jnp.maximum(jnp.max(logits), LOWEST)
         shifted = logits - top
         weights = jnp.exp(shifted)
@@ -75,7 +75,7 @@ def look(
 
     def rank(row) -> tuple[Float[Array, "C"], Int[Array, "C"]]:
         raw, temperature, thresholds, over = row
-        logits = finished(raw, temperature, banned)
+        logits = scale_and_mask(raw, temperature, banned)
         greater = logits > thresholds[:, None]
         mass = jnp.sum(jnp.where(greater, jnp.exp(logits - over), 0.0), axis=1)
         return mass, jnp.sum(greater, axis=1, dtype=jnp.int32)

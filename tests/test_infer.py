@@ -25,7 +25,7 @@ from ares_jax.checkpoints.manager import Checkpoints
 from ares_jax.checkpoints.orbax_params import write_orbax
 from ares_jax.commands.infer import TOPICS, infer, with_joined_flags
 from ares_jax.errors import UserError
-from ares_jax.inference.asking import find_windows
+from ares_jax.inference.asker import find_windows
 from ares_jax.inference.conversation import Conversation, Options
 from ares_jax.inference.media import load_video, split_paths
 from ares_jax.inference.terminal import Printer, legend, painted, window_lines

@@ -25,7 +25,7 @@ from ares_jax.commands import cli
 from ares_jax.commands.arguments import plain_arguments
 from ares_jax.errors import UserError
 from ares_jax.evaluation.answers_so_far import AnswersSoFar
-from ares_jax.evaluation.asking import Asked
+from ares_jax.evaluation.questions import Asked
 from ares_jax.lifecycle import preemption
 
 TOPICS = {

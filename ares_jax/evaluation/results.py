@@ -9,10 +9,10 @@ from typing import Any
 
 from ares_jax.errors import UserError
 from ares_jax.evaluation.answer_cache import answer_cache
-from ares_jax.evaluation.asking import Asked, Reply, ask_missing, ask_samples, cache_path, file_name
 from ares_jax.evaluation.benchmark import Benchmark, Graded, Sample, Verdict
 from ares_jax.evaluation.judge import judge_chat, judged
 from ares_jax.evaluation.published import find_folder
+from ares_jax.evaluation.questions import Asked, Reply, ask_missing, ask_samples, cache_path, file_name
 from ares_jax.evaluation.scores import Answered, by_group, by_length, measured
 from ares_jax.metrics import write_json
 

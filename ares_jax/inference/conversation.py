@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 
 from ares_jax.aepo.windows import batch_threshold
 from ares_jax.errors import UserError
-from ares_jax.inference.asking import Answer, Asker, Sampling, Windows, find_windows
+from ares_jax.inference.asker import Answer, Asker, Sampling, Windows, find_windows
 from ares_jax.inference.terminal import Printer, legend, window_lines
 from ares_jax.inference.texts import TokenTexts
 from ares_jax.metrics import write_atomic

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from jaxtyping import Bool
 
-from ares_jax.inference.asking import Answer, Windows, find_windows
+from ares_jax.inference.asker import Answer, Windows, find_windows
 from ares_jax.inference.texts import TokenTexts
 
 # As uncertain as between 1.5, 2, 4 and 8 equally likely tokens; backgrounds of the 256-colour palette, text in black.

@@ -34,7 +34,7 @@ from ares_jax.params import narrower, to_flat
 from ares_jax.planning.gpu_targets import target_config
 from ares_jax.planning.hlo import Work, work
 from ares_jax.sampling.options import engine_options
-from ares_jax.sampling.programs import Programs, Prompts, Rows, cut_shapes
+from ares_jax.sampling.programs import DecodeState, Programs, Prompts, cut_shapes
 from ares_jax.sampling.shapes import prompt_sizes, prompts_together
 from ares_jax.training import Update, abstract_state, make_optimizer, trainable
 from ares_jax.training.log_probs import token_statistics
@@ -215,7 +215,8 @@ def sampler_programs(
         "ring": jnp.float32,
     }  # fmt: skip
     widths = {"key": (2,), "ring": (config.aepo.window,), "ring_tokens": (config.aepo.window,)}
-    sequences = Rows(**{name: array((s.slots, *widths.get(name, ())), kinds.get(name, jnp.int32)) for name in Rows._fields})
+    fields = {name: array((s.slots, *widths.get(name, ())), kinds.get(name, jnp.int32)) for name in DecodeState._fields}
+    sequences = DecodeState(**fields)
     table = array((s.slots, width), jnp.int32)
     resident = {"parameters": bytes_per_chip(params), "KV pages": bytes_per_chip(pages)}
     given = {"prefill": (prompts,), "decode": (table, sequences)}

@@ -5,7 +5,7 @@ from html import escape
 
 from ares_jax.reporting.charts import entropy_along
 from ares_jax.reporting.html import figure_html, whole_page
-from ares_jax.reporting.tree import tokens_html
+from ares_jax.reporting.tree_view import tokens_html
 
 
 def answers_page(title: str, note: str, questions: Sequence[dict]) -> str:

@@ -14,7 +14,7 @@ from ares_jax.metrics import goodput_sentence, write_atomic
 from ares_jax.reporting import charts
 from ares_jax.reporting.load import LEVELS, STAGES, Run, load_run
 from ares_jax.reporting.table import branching_sentence, headline_rows, overlap_sentence, problems_note
-from ares_jax.reporting.tree import most_branched_leaf, most_instructive, tree_html, trees_to_show
+from ares_jax.reporting.tree_view import most_branched_leaf, most_instructive, tree_html, trees_to_show
 
 _CSS = """
 body{font:16px/1.5 system-ui,sans-serif;color:#1c2a33;background:#fff;margin:0 auto;max-width:1080px;padding:1rem}

@@ -20,17 +20,17 @@ from ares_jax.models.qwen2_5_vl import Qwen25VL
 from ares_jax.models.qwen2_5_vl.paged import cache_spec, cached_heads
 from ares_jax.params import to_flat, with_params
 from ares_jax.sampling.forecast import PageForecast
+from ares_jax.sampling.growing_tree import Group, Leaf
 from ares_jax.sampling.options import EngineOptions, check_request
 from ares_jax.sampling.pages import OutOfPages, PagePool
 from ares_jax.sampling.policy import Policy, mesh_of
-from ares_jax.sampling.preemption import Content, Saved, save
-from ares_jax.sampling.prefill import Filling, PromptShapes
+from ares_jax.sampling.prefill import PrefillJob, PromptShapes
 from ares_jax.sampling.programs import Programs, leaf_keys
 from ares_jax.sampling.requests import Piece, RolloutRequest
 from ares_jax.sampling.rollout_tree import RolloutTree
 from ares_jax.sampling.rows import page_table, record, to_rows
+from ares_jax.sampling.saved_pages import Content, Saved, save
 from ares_jax.sampling.shapes import bucket
-from ares_jax.sampling.tree import Group, Leaf
 
 
 class Engine:
@@ -73,7 +73,7 @@ class Engine:
         self._forecast = PageForecast(o)
         self._queue: collections.deque[tuple[int, RolloutRequest]] = collections.deque()
         self._groups: dict[int, Group] = {}  # admitted, oldest first
-        self._fillings: collections.deque[Filling] = collections.deque()
+        self._prefill_jobs: collections.deque[PrefillJob] = collections.deque()
         self._saved: dict[int, Saved] = {}
         self._live: list[Leaf] = []
         self._next = 0
@@ -136,19 +136,19 @@ class Engine:
 
         `finish`: what was begun ends with the old weights; until then nothing else is begun, and `weights_wait`.
         """
-        self._policy.offer(flat, version)
+        self._policy.stage(flat, version)
         if not (finish and self._begun):
-            self._swap()
+            self._commit()
 
-    def _swap(self) -> None:
-        self._policy.swap()
-        for filling in self._fillings:  # a prompt is seen by one set of weights
-            filling.restart()
+    def _commit(self) -> None:
+        self._policy.commit()
+        for job in self._prefill_jobs:  # a prompt is seen by one set of weights
+            job.restart()
 
     def _forget(self, number: int) -> None:
         self._begun.discard(number)
         if self.weights_wait and not self._begun:
-            self._swap()
+            self._commit()
 
     # The loop.
 
@@ -190,16 +190,16 @@ class Engine:
 
     def _admit_groups(self, *, at_once: bool) -> None:
         """Prefills what fits: all of it `at_once`, else one part, so that leaves never wait longer for their next tokens."""
-        while self._fillings or self._begin_groups():
-            filling = self._fillings[0]
+        while self._prefill_jobs or self._begin_groups():
+            job = self._prefill_jobs[0]
             with self._on_mesh():
-                self._kv_pages, filling.x = self._programs.prefill_part(
-                    self._policy.params, self._kv_pages, filling.prompts, filling.x, filling.parts[filling.done]
+                self._kv_pages, job.x = self._programs.prefill_part(
+                    self._policy.params, self._kv_pages, job.prompts, job.x, job.parts[job.done]
                 )
-            filling.done += 1
-            if filling.done == len(filling.parts):
-                self._fillings.popleft()
-                for group in filling.groups:
+            job.done += 1
+            if job.done == len(job.parts):
+                self._prefill_jobs.popleft()
+                for group in job.groups:
                     group.filled = True
                 self._admit_leaves()
             if not at_once:
@@ -237,7 +237,7 @@ class Engine:
             self._groups[number] = group
             self._begun.add(number)
             self._totals["prefilled"] += tokens
-        self._fillings.extend(self._shapes.fillings(batch, self._programs.parts))
+        self._prefill_jobs.extend(self._shapes.jobs(batch, self._programs.parts))
         return bool(batch)
 
     def _admit_leaves(self) -> None:
@@ -334,7 +334,7 @@ class Engine:
     def _drop(self, group: Group) -> None:
         """Takes a group and its pages out of the cache."""
         self._flush_copies()  # a page must not be given away with a copy into it under way
-        self._fillings = collections.deque(filling for filling in self._fillings if filling.drop(group))
+        self._prefill_jobs = collections.deque(job for job in self._prefill_jobs if job.drop(group))
         for pages in group.page_lists():
             self._pool.release(pages)
             pages.clear()

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
+from ares_jax.sampling.growing_tree import Group
 from ares_jax.sampling.options import EngineOptions
 from ares_jax.sampling.requests import RolloutRequest
-from ares_jax.sampling.tree import Group
 
 _MEMORY = 64  # groups over which the mean runs
 

@@ -22,16 +22,16 @@ class Policy:
 
     @property
     def waits(self) -> bool:
-        """Whether other weights have been offered."""
+        """Whether other weights have been staged."""
         return self._coming is not None
 
-    def offer(self, flat: Mapping[str, jax.Array | np.ndarray], version: int) -> None:
-        """Keeps weights until `swap`. Raises `UserError` and changes nothing if they do not fit."""
+    def stage(self, flat: Mapping[str, jax.Array | np.ndarray], version: int) -> None:
+        """Keeps weights until `commit`. Raises `UserError` and changes nothing if they do not fit."""
         check_flat(self.specs, flat)
         self._coming = dict(flat), version
 
-    def swap(self) -> None:
-        """Takes the weights that were offered last."""
+    def commit(self) -> None:
+        """Takes the weights that were staged last."""
         assert self._coming is not None
         (flat, version), self._coming = self._coming, None
         self.params = _arranged(

@@ -8,20 +8,20 @@ from typing import Any
 import numpy as np
 
 from ares_jax.models.qwen2_5_vl import VisionInputs
+from ares_jax.sampling.growing_tree import Group
 from ares_jax.sampling.options import EngineOptions
-from ares_jax.sampling.programs import Part, Prompts
+from ares_jax.sampling.programs import PrefillChunk, Prompts
 from ares_jax.sampling.shapes import bucket, prompt_sizes, prompts_together, sizes, smallest
-from ares_jax.sampling.tree import Group
 from data_pipeline.vision_layout import vision_layout
 
 
 @dataclass(eq=False)
-class Filling:
+class PrefillJob:
     """Prompts of one shape on their way through the model."""
 
     groups: list[Group]  # row by row
     prompts: Prompts
-    parts: list[Part]
+    parts: list[PrefillChunk]
     x: Any = None  # what the next part takes
     done: int = 0  # parts
 
@@ -47,7 +47,7 @@ class PromptShapes:
         self._tokens = prompt_sizes(options.max_prompt_tokens, options.page_size, options.prefill_chunk)
         self._patches = (0, *sizes(options.max_prompt_patches, patch_unit))
 
-    def fillings(self, groups: Sequence[Group], parts: Callable[[Prompts], list[Part]]) -> list[Filling]:
+    def jobs(self, groups: Sequence[Group], parts: Callable[[Prompts], list[PrefillChunk]]) -> list[PrefillJob]:
         """Returns the prompts by shape, each in the smallest that holds it.
 
         Never in a larger one that holds its neighbours: sums over other paddings round differently, and a prompt must give
@@ -57,15 +57,15 @@ class PromptShapes:
         for group in groups:
             tokens, patches = len(group.request.token_ids), len(group.request.patches)
             shapes[smallest(self._tokens, tokens), smallest(self._patches, patches)].append(group)
-        fillings = []
+        jobs = []
         for (length, space), alike in shapes.items():
             together = prompts_together(length, self._chunk, self._batch)
             for begin in range(0, len(alike), together):
                 batch = alike[begin : begin + together]
                 prompts = self._padded(batch, length, space)
                 longest = max(len(group.request.token_ids) for group in batch)
-                fillings.append(Filling(batch, prompts, [part for part in parts(prompts) if part.start < longest]))
-        return fillings
+                jobs.append(PrefillJob(batch, prompts, [part for part in parts(prompts) if part.start < longest]))
+        return jobs
 
     def _padded(self, groups: Sequence[Group], length: int, space: int) -> Prompts:
         rows = bucket(len(groups), self._batch, smallest=1)

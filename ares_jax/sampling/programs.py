@@ -28,7 +28,7 @@ class Prompts(NamedTuple):
     vision: VisionInputs | None
 
 
-class Part(NamedTuple):
+class PrefillChunk(NamedTuple):
     """Some layers of a prefill, from layer `first` on, over whole prompts or some of their tokens."""
 
     tower: bool  # of the vision tower, else of the text decoder
@@ -38,12 +38,12 @@ class Part(NamedTuple):
     tokens: int = 0  # from token `start` on, through all layers of the decoder; 0: the whole prompt
 
 
-class Rows(NamedTuple):
+class DecodeState(NamedTuple):
     """The sequences decoded together; everything a row needs, so that the cache is the only other state."""
 
     token: Int[Array, "B"]  # fed next; its key and value go to slot `length`
     length: Int[Array, "B"]  # tokens in the cache
-    place: Int[Array, "B"]  # index of the response token that is drawn next
+    response_index: Int[Array, "B"]  # index of the response token that is drawn next
     alive: Bool[Array, "B"]
     rope_delta: Int[Array, "B"]
     end: Int[Array, "B"]  # response tokens allowed
@@ -56,7 +56,7 @@ class Rows(NamedTuple):
     ring_tokens: Int[Array, "B W"]  # and the tokens they belong to
 
 
-class Drawn(NamedTuple):
+class DecodeOutput(NamedTuple):
     """K tokens of every row; `valid` says which were drawn. The window is the one that ends at the token."""
 
     token: Int[Array, "K B"]
@@ -130,11 +130,11 @@ class Programs:
         """
         c = model.config
         self._chunk, self._layers = prefill_chunk, c.text.num_layers
-        self._text_parts = [Part(False, *part) for part in _divided(c.text.num_layers, prefill_layers)]
-        self._tower_parts = [Part(True, *part) for part in _divided(c.vision.num_layers, prefill_layers)]
-        self.see = jax.jit(partial(_see, model), static_argnames=("count", "end"))
+        self._text_parts = [PrefillChunk(False, *part) for part in _divided(c.text.num_layers, prefill_layers)]
+        self._tower_parts = [PrefillChunk(True, *part) for part in _divided(c.vision.num_layers, prefill_layers)]
+        self.encode_images = jax.jit(partial(_encode_images, model), static_argnames=("count", "end"))
         static = ("begin", "end", "count", "tokens")
-        self.fill = jax.jit(partial(_fill, model), static_argnames=static, donate_argnames="kv_pages")
+        self.prefill_layers = jax.jit(partial(_prefill_layers, model), static_argnames=static, donate_argnames="kv_pages")
         self.copy_pages = jax.jit(_copy_pages, donate_argnums=0)
         self.read_pages = jax.jit(_read_pages)
         self.write_pages = jax.jit(_write_pages, donate_argnums=0)
@@ -142,11 +142,11 @@ class Programs:
         fixed = (model, eos, banned, trigger, steps, kernel or None, paged_attention)
         self.decode = jax.jit(partial(_decode, *fixed), donate_argnums=1)
 
-    def parts(self, prompts: Prompts) -> list[Part]:
+    def parts(self, prompts: Prompts) -> list[PrefillChunk]:
         """Returns the parts that fill the prompts' pages, in order."""
         length, chunk, text = prompts.tokens.shape[1], self._chunk, self._text_parts
         if chunk and length > chunk:
-            text = [Part(False, 0, self._layers, start, chunk) for start in range(0, length, chunk)]
+            text = [PrefillChunk(False, 0, self._layers, start, chunk) for start in range(0, length, chunk)]
         return [*(self._tower_parts if prompts.vision else ()), *text]
 
     def prefill(self, params: Any, kv_pages: Float[Array, "L N S 2K H"], prompts: Prompts) -> Float[Array, "L N S 2K H"]:
@@ -162,20 +162,20 @@ class Programs:
         kv_pages: Float[Array, "L N S 2K H"],
         prompts: Prompts,
         x: Float[Array, "B P W"] | None,
-        part: Part,
+        part: PrefillChunk,
     ) -> tuple[Float[Array, "L N S 2K H"], Float[Array, "B P W"] | None]:
         """Runs a part on what the part before gave (the first: on None). Returns the cache and what the next one takes."""
         vision = prompts.vision
         if part.tower:
             assert vision is not None
             end = part == self._tower_parts[-1]
-            return kv_pages, self.see(params, x, vision, np.int32(part.first), count=part.layers, end=end)
+            return kv_pages, self.encode_images(params, x, vision, np.int32(part.first), count=part.layers, end=end)
         prompts, hidden, start = prompts._replace(vision=None), x, np.int32(part.start) if part.tokens else None
         for some in self._text_parts if part.tokens else [part]:
             own = params
             if _LAYERS in params:
                 own = {**params, _LAYERS: params[_LAYERS][some.first : some.first + some.layers]}
-            kv_pages, hidden = self.fill(
+            kv_pages, hidden = self.prefill_layers(
                 own, kv_pages, hidden, prompts, np.int32(some.first), start, begin=some.first == 0,
                 end=some.first + some.layers == self._layers, count=some.layers, tokens=part.tokens,
             )  # fmt: skip
@@ -190,7 +190,7 @@ def _divided(layers: int, most: int) -> list[tuple[int, int]]:
 
 
 @jax.named_scope("prefill")
-def _see(
+def _encode_images(
     model: Qwen25VL,
     params: Any,
     x: Float[Array, "B P W"] | None,
@@ -202,12 +202,12 @@ def _see(
 ) -> Float[Array, "B P W"]:
     """`end`: returns the features, [B, P / 4, D]."""
     tower = _whole(model, params)[0].visual
-    x = tower.some(tower.begin(inputs) if x is None else x, inputs, first, count)
-    return tower.merge(x) if end else x
+    x = tower.run_layers(tower.embed_patches(inputs) if x is None else x, inputs, first, count)
+    return tower.merge_patches(x) if end else x
 
 
 @jax.named_scope("prefill")
-def _fill(
+def _prefill_layers(
     model: Qwen25VL,
     params: Any,
     kv_pages: Float[Array, "L N S 2K H"],
@@ -270,7 +270,7 @@ class _Sampled(NamedTuple):
 def _sample(
     hidden: Float[Array, "B D"],
     head: Float[Array, "V D"],
-    rows: Rows,
+    rows: DecodeState,
     banned: Bool[Array, "V"],
     trigger: Bool[Array, "V"],
     kernel: str | None,
@@ -279,13 +279,13 @@ def _sample(
     at its own part of the vocabulary, and a few numbers a row cross."""
 
     def local(hidden, head, rows, banned, trigger, *, axis=None):
-        keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(rows.key), rows.place)
+        keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(rows.key), rows.response_index)
         token, log_prob, entropy = sample_with_entropy(
             hidden, head, keys, temperature=rows.temperature, top_k=rows.top_k, top_p=rows.top_p, banned=banned,
             implementation=kernel, axis_name=axis,
         )  # fmt: skip
         ring, tokens, mean, hit = window_step(
-            WindowRing(rows.ring, rows.place), rows.ring_tokens, entropy, token, rows.alive, tau_high=rows.tau_high,
+            WindowRing(rows.ring, rows.response_index), rows.ring_tokens, entropy, token, rows.alive, tau_high=rows.tau_high,
             trigger=trigger, implementation=kernel,
         )  # fmt: skip
         return _Sampled(token, log_prob, entropy, ring.entropies, tokens, mean, hit)
@@ -311,8 +311,8 @@ def _decode(
     params: Any,
     kv_pages: Float[Array, "L N S 2K H"],
     page_table: Int[Array, "B M"],
-    rows: Rows,
-) -> tuple[Float[Array, "L N S 2K H"], Rows, Drawn]:
+    rows: DecodeState,
+) -> tuple[Float[Array, "L N S 2K H"], DecodeState, DecodeOutput]:
     """Draws up to `steps` tokens for every row that is alive; stops early when none is."""
     model, layers = _whole(model, params)
     head = model.head
@@ -322,13 +322,13 @@ def _decode(
         k, pages, r, out = carry
         hidden, pages = model.decode(r.token, r.length + r.rope_delta, pages, page_table, r.length, layers, attention)
         s = _sample(hidden, head, r, banned, trigger, kernel)
-        drawn = Drawn(s.token, s.log_prob, s.entropy, s.window_mean, s.window_hit, r.alive)
+        drawn = DecodeOutput(s.token, s.log_prob, s.entropy, s.window_mean, s.window_hit, r.alive)
         out = jax.tree.map(lambda buffer, value: buffer.at[k].set(value), out, drawn)
-        place = r.place + r.alive
-        alive = r.alive & ~(s.token[:, None] == eos).any(axis=1) & (place < r.end)
+        response_index = r.response_index + r.alive
+        alive = r.alive & ~(s.token[:, None] == eos).any(axis=1) & (response_index < r.end)
         r = r._replace(
-            token=jnp.where(r.alive, s.token, r.token), length=r.length + r.alive, place=place, alive=alive,
-            ring=s.ring, ring_tokens=s.ring_tokens,
+            token=jnp.where(r.alive, s.token, r.token), length=r.length + r.alive, response_index=response_index,
+            alive=alive, ring=s.ring, ring_tokens=s.ring_tokens,
         )  # fmt: skip
         return k + 1, pages, r, out
 
@@ -338,6 +338,7 @@ def _decode(
     def buffer(dtype):
         return jnp.zeros((steps, count), dtype)
 
-    out = Drawn(buffer(jnp.int32), buffer(jnp.float32), buffer(jnp.float32), buffer(jnp.float32), buffer(bool), buffer(bool))
+    numbers, flags = buffer(jnp.float32), buffer(bool)
+    out = DecodeOutput(buffer(jnp.int32), numbers, numbers, numbers, flags, flags)
     _, kv_pages, rows, out = jax.lax.while_loop(going, step, (jnp.int32(0), kv_pages, rows, out))
     return _placed(kv_pages), rows, out

@@ -5,9 +5,9 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from jaxtyping import Int
 
-from ares_jax.sampling.programs import Drawn, Rows
+from ares_jax.sampling.growing_tree import Leaf
+from ares_jax.sampling.programs import DecodeOutput, DecodeState
 from ares_jax.sampling.stops import tokens_until_stop
-from ares_jax.sampling.tree import Leaf
 
 
 def page_table(leaves: Sequence[Leaf], rows: int, width: int) -> Int[np.ndarray, "B M"]:
@@ -18,10 +18,10 @@ def page_table(leaves: Sequence[Leaf], rows: int, width: int) -> Int[np.ndarray,
     return table
 
 
-def to_rows(leaves: Sequence[Leaf], count: int, window: int) -> Rows:
+def to_rows(leaves: Sequence[Leaf], count: int, window: int) -> DecodeState:
     """Returns `count` rows: the leaves, and then some that are not alive."""
-    rows = Rows(
-        token=np.zeros(count, np.int32), length=np.zeros(count, np.int32), place=np.zeros(count, np.int32),
+    rows = DecodeState(
+        token=np.zeros(count, np.int32), length=np.zeros(count, np.int32), response_index=np.zeros(count, np.int32),
         alive=np.zeros(count, bool), rope_delta=np.zeros(count, np.int32), end=np.zeros(count, np.int32),
         key=np.zeros((count, 2), np.uint32), temperature=np.ones(count, np.float32),
         top_p=np.ones(count, np.float32), top_k=np.zeros(count, np.int32),
@@ -31,7 +31,7 @@ def to_rows(leaves: Sequence[Leaf], count: int, window: int) -> Rows:
     for r, leaf in enumerate(leaves):
         request, n = leaf.group.request, leaf.count
         rows.token[r] = leaf.columns["token_ids"][n - 1] if n else request.token_ids[-1]
-        rows.length[r], rows.place[r], rows.alive[r] = leaf.cached, n, True
+        rows.length[r], rows.response_index[r], rows.alive[r] = leaf.cached, n, True
         rows.rope_delta[r], rows.end[r] = request.rope_delta, request.max_new_tokens
         rows.key[r] = leaf.group.keys[leaf.index]
         rows.temperature[r], rows.top_p[r], rows.top_k[r] = request.temperature, request.top_p, request.top_k
@@ -44,7 +44,7 @@ def to_rows(leaves: Sequence[Leaf], count: int, window: int) -> Rows:
 
 
 def record(
-    leaves: Sequence[Leaf], drawn: Drawn, *, window: int, eos: Collection[int], table: Sequence[bytes], version: int
+    leaves: Sequence[Leaf], drawn: DecodeOutput, *, window: int, eos: Collection[int], table: Sequence[bytes], version: int
 ) -> int:
     """Appends to the leaves what their rows drew, with weights of that version, up to the first stop string.
 

@@ -33,7 +33,7 @@ class ArrayModel(BaseModel):
     data: str
 
 
-class _Draw(BaseModel):
+class _DrawModel(BaseModel):
     """How a tree is drawn: fields of `RolloutRequest`. An infinite tau_high is null. Integers fit the engine's arrays."""
 
     model_config = ConfigDict(allow_inf_nan=False, extra="forbid")  # nothing is drawn otherwise than was meant
@@ -51,7 +51,7 @@ class _Draw(BaseModel):
     stop: StopStrings = []
 
 
-class GroupModel(_Draw):
+class GroupModel(_DrawModel):
     """`RolloutRequest` as JSON: an encoded prompt, and how to draw."""
 
     root_leaves: int = Field(ge=1, le=1024)
@@ -67,7 +67,7 @@ class GroupModel(_Draw):
         return len(self.patches.data)
 
 
-class _Plain(_Draw):
+class _Plain(_DrawModel):
     """What is left out: one tree of 8 samples that do not branch, at temperature 1."""
 
     problem_id: str = "chat"

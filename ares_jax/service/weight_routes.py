@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ares_jax.errors import UserError
 from ares_jax.params import check_flat
-from ares_jax.service import transfer, weights
+from ares_jax.service import transfer, weight_files
 from ares_jax.service.worker import ConflictError, Worker
 
 InFlight = Literal["continue", "finish"]
@@ -111,12 +111,12 @@ def weight_router(
     ):  # fmt: skip
         """The body is a safetensors file."""
         body = await request.body()
-        return await take(lambda: weights.from_bytes(body), version, in_flight, force)
+        return await take(lambda: weight_files.from_bytes(body), version, in_flight, force)
 
     @router.post("/v1/weights")
     async def load(wanted: WeightsModel | OfferModel, request: Request):
         def read(uri: str) -> dict[str, Any]:
-            return weights.read(weights.find(uri, allowed), worker.weight_specs())
+            return weight_files.read(weight_files.find(uri, allowed), worker.weight_specs())
 
         def fetch(offer: OfferModel) -> dict[str, Any]:
             if not transfers or not request.client:

@@ -7,11 +7,11 @@ import pytest
 
 from ares_jax.errors import UserError
 from ares_jax.evaluation import final_answer
-from ares_jax.evaluation.asking import Asked, Reply
 from ares_jax.evaluation.benchmark import Graded, Verdict
 from ares_jax.evaluation.benchmarks import BENCHMARKS, bbeh, chosen, mathvista, mmmu_pro, olympiadbench
 from ares_jax.evaluation.compare import compared
 from ares_jax.evaluation.published import find_folder
+from ares_jax.evaluation.questions import Asked, Reply
 from ares_jax.evaluation.results import Outcome, summary
 from ares_jax.evaluation.scores import Answered, measured
 from tests.evaluation import published_layouts

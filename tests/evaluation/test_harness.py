@@ -12,9 +12,9 @@ from absl.testing import flagsaver
 from ares_jax.commands import evaluate
 from ares_jax.errors import UserError
 from ares_jax.evaluation.answer_cache import answer_cache
-from ares_jax.evaluation.asking import Asked, cache_path, chat, scaled_size
 from ares_jax.evaluation.benchmark import Benchmark, Sample, Verdict
 from ares_jax.evaluation.benchmarks.math_500 import MATH_500, grade
+from ares_jax.evaluation.questions import Asked, cache_path, chat, scaled_size
 from ares_jax.evaluation.results import run_benchmark
 from ares_jax.metrics import read_jsonl
 from ares_jax.service import endpoint

@@ -10,12 +10,12 @@ from jax.experimental import topologies
 
 from ares_jax.models.qwen2_5_vl import attention as attention_file
 from ares_jax.models.qwen2_5_vl.attention import (
-    _marks,
     attention,
     causal_mask,
     implementation,
     same_group_mask,
     self_attention,
+    token_marks,
 )
 from ares_jax.models.qwen2_5_vl.blockwise import _tiles, blockwise_attention
 from ares_jax.models.qwen2_5_vl.splash import splash_attention
@@ -57,13 +57,13 @@ def dense(query, key, value, ids, spans, causal):
 
 
 def in_blocks(query, key, value, ids, spans, causal):
-    marks = _marks(ids, spans)
+    marks = token_marks(ids, spans)
     return blockwise_attention(query, key, value, marks, marks, causal=causal, block=16)
 
 
 def by_splash(query, key, value, ids, spans, causal):
     assert causal
-    marks = _marks(ids, spans)
+    marks = token_marks(ids, spans)
     only = spans is None
     return splash_attention(query, key, value, marks, marks, segments_only=only, block=128, interpret=True)
 
@@ -89,7 +89,7 @@ def test_splash_attention_is_the_dense_attention(kind):
 def test_splash_attention_of_some_queries_is_theirs_of_the_whole():
     query, key, value, _ = heads(384, rows=1, heads=2, kv_heads=1, size=128)
     ids = jnp.array(np.repeat([1, 2, 3, 0], [100, 120, 100, 64]))[None]
-    marks, some = _marks(ids, None), slice(128, 256)  # the last keys are no query's
+    marks, some = token_marks(ids, None), slice(128, 256)  # the last keys are no query's
     mine = splash_attention(
         query[:, some], key, value, marks[:, :, some], marks, segments_only=False, block=128, interpret=True
     )
@@ -102,14 +102,14 @@ def test_tiles_in_which_nobody_sees_anybody_are_not_computed():
     spans = jnp.zeros((1, 2, 64), jnp.int32).at[:, :, 8:16].set(1)  # two branches in the first segment
     other = jnp.ones(64, bool).at[8:16].set(False)
     spoilt = jnp.where(other[:, None, None], jnp.nan, value)  # would spread through any product, even with weight 0
-    marks = _marks(ids, spans)
+    marks = token_marks(ids, spans)
     out = blockwise_attention(query, key, spoilt, marks, marks, causal=True, block=8)
     assert jnp.isfinite(out[0, 8:16]).all() and jnp.isnan(out[0, :8]).all()
 
 
 def test_windows_of_an_image_leave_most_tiles_out():
     layout = vision_layout(np.array([[1, 64, 64], [1, 32, 96]]))
-    marks = _marks(jnp.array(layout.window_ids)[None], None)[0].reshape(4, -1, 512).swapaxes(0, 1)
+    marks = token_marks(jnp.array(layout.window_ids)[None], None)[0].reshape(4, -1, 512).swapaxes(0, 1)
     needed = _tiles(marks, marks, False).needed
     assert needed.shape == (14, 14) and needed.sum() == 22
 

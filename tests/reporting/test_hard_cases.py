@@ -12,7 +12,7 @@ import pytest
 from ares_jax.reporting import build_report, console_table
 from ares_jax.reporting.charts import entropy_along, rollout_curves
 from ares_jax.reporting.load import LEVELS
-from ares_jax.reporting.tree import most_branched_leaf, most_instructive
+from ares_jax.reporting.tree_view import most_branched_leaf, most_instructive
 from tests.reporting.test_report import write_run
 
 SECTIONS = (

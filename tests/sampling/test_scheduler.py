@@ -23,7 +23,7 @@ from ares_jax.errors import UserError
 from ares_jax.params import to_flat, with_params
 from ares_jax.sampling import Engine, EngineOptions, RolloutRequest
 from ares_jax.sampling.branching import BRANCH_AT, BRANCH_CHOICES, forks
-from ares_jax.sampling.programs import Drawn, Part
+from ares_jax.sampling.programs import DecodeOutput, PrefillChunk
 from tests import digits
 
 EOS, WINDOW, TAU, STEPS, PARTS = 0, 2, 0.5, 3, 3
@@ -61,7 +61,7 @@ class TokenCache:
         self.references = references
 
     def parts(self, prompts):
-        return [Part(False, i, 1) for i in range(PARTS)]
+        return [PrefillChunk(False, i, 1) for i in range(PARTS)]
 
     def prefill_part(self, params, cache, prompts, x, part):
         """Writes every third token."""
@@ -87,12 +87,12 @@ class TokenCache:
 
     def decode(self, params, cache, tables, rows):
         shape, version = (STEPS, len(rows.token)), int(params[WEIGHT][0])
-        out = Drawn(*(np.zeros(shape, kind) for kind in (int, np.float32, np.float32, np.float32, bool, bool)))
+        out = DecodeOutput(*(np.zeros(shape, kind) for kind in (int, np.float32, np.float32, np.float32, bool, bool)))
         written = [p for r in np.flatnonzero(rows.alive) for p in self.written(tables[r], rows.length[r], rows, r)]
         assert len(set(written)) == len(written), "two rows write to one page"
         assert all(page > 0 and self.references(page) == 1 for page in written), "a shared page is written to"
         for r in np.flatnonzero(rows.alive):
-            token, length, place = rows.token[r], rows.length[r], rows.place[r]
+            token, length, place = rows.token[r], rows.length[r], rows.response_index[r]
             ring, ring_tokens = list(rows.ring[r]), list(rows.ring_tokens[r])
             for k in range(STEPS):
                 cache[tables[r][length // PAGE_SIZE], length % PAGE_SIZE] = token
@@ -112,7 +112,7 @@ class TokenCache:
 
     @staticmethod
     def written(table, length, rows, r):
-        last = length + min(STEPS, rows.end[r] - rows.place[r]) - 1
+        last = length + min(STEPS, rows.end[r] - rows.response_index[r]) - 1
         return [int(page) for page in table[length // PAGE_SIZE : last // PAGE_SIZE + 1]]
 
 

@@ -16,7 +16,7 @@ from safetensors.numpy import save
 
 from ares_jax.checkpoints.manager import Checkpoints
 from ares_jax.errors import UserError
-from ares_jax.service import weights
+from ares_jax.service import weight_files as weights
 from ares_jax.service.client import RolloutClient
 from ares_jax.service.shared_memory import file_in, shared_folder
 from ares_jax.service.worker import Worker

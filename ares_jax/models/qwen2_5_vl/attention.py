@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from ares_jax.models.qwen2_5_vl import splash
-from ares_jax.models.qwen2_5_vl.blockwise import blockwise_attention, sees
+from ares_jax.models.qwen2_5_vl.blockwise import attention_mask, blockwise_attention
 from ares_jax.models.qwen2_5_vl.dense import dense_attention
 from ares_jax.parallel.sharding import mesh_axes, platform
 
@@ -63,13 +63,13 @@ def self_attention(
     by_token = mesh_axes("tokens", length) if by_head else mesh_axes("attended_tokens", length)
     unit = math.prod(by_token.values())
     kind = implementation(platform(), query.dtype, key.shape[1], size, causal=causal, queries=length // unit)
-    marks = _marks(groups, leaf_spans)
+    marks = token_marks(groups, leaf_spans)
     mine = marks if start is None else jax.lax.dynamic_slice_in_dim(marks, start, length, axis=2)
     if kind in ("dense", "cudnn"):
         if start is None:
             mask = causal_mask(groups, leaf_spans) if causal else same_group_mask(groups)
         else:
-            mask = jax.vmap(functools.partial(sees, causal=causal))(mine, marks)
+            mask = jax.vmap(functools.partial(attention_mask, causal=causal))(mine, marks)
         return attention(query, key, value, mask, cudnn=kind == "cudnn")
     if kind == "blockwise":
         local = functools.partial(blockwise_attention, causal=causal)
@@ -86,7 +86,7 @@ def self_attention(
     return jax.shard_map(local, in_specs=specs, out_specs=queries, check_vma=False)(query, key, value, mine, marks)
 
 
-def _marks(groups: Int[Array, "B T"], leaf_spans: Int[Array, "B 2 T"] | None) -> Int[Array, "B 4 T"]:
+def token_marks(groups: Int[Array, "B T"], leaf_spans: Int[Array, "B 2 T"] | None) -> Int[Array, "B 4 T"]:
     """Returns what decides who sees whom: place, group, first and last leaf of every token."""
     rows, length = groups.shape
     place = jnp.broadcast_to(jnp.arange(length), (rows, 1, length))

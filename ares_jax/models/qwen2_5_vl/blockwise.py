@@ -29,7 +29,7 @@ def blockwise_attention(
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention, differentiable in query, key and value. Padding (group 0) gives 0.
 
-    Marks: place in the row, group, first and last leaf below the token; `sees` says who sees whom.
+    Marks: place in the row, group, first and last leaf below the token; `attention_mask` says who sees whom.
     """
     rows, length, heads, size = query.shape
     kv_heads = key.shape[2]
@@ -48,7 +48,7 @@ def blockwise_attention(
     return mixed.reshape(rows, tiles, heads, block, size).swapaxes(2, 3).reshape(rows, -1, heads, size)[:, :length]
 
 
-def sees(query: Int[Array, "4 T"], key: Int[Array, "4 S"], causal: bool) -> Bool[Array, "T S"]:
+def attention_mask(query: Int[Array, "4 T"], key: Int[Array, "4 S"], causal: bool) -> Bool[Array, "T S"]:
     """Returns what `attention.causal_mask` and `attention.same_group_mask` say, from marks."""
     (place, group, first, last), (key_place, key_group, key_first, key_last) = query[:, :, None], key[:, None, :]
     seen = (group == key_group) & (key_first <= first) & (last <= key_last)
@@ -81,7 +81,7 @@ def _tiles(query: Int[Array, "n 4 b"], key: Int[Array, "m 4 b"], causal: bool) -
 
 
 def _visible(query: Int[Array, "4 b"], key: Int[Array, "4 b"], causal: bool) -> Bool[Array, "b b"]:
-    return sees(query, key, causal) & (query[1, :, None] > 0)
+    return attention_mask(query, key, causal) & (query[1, :, None] > 0)
 
 
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jaxtyping import Array, Float, Int
 
-from ares_jax.models.qwen2_5_vl.blockwise import sees
+from ares_jax.models.qwen2_5_vl.blockwise import attention_mask
 
 BLOCK = 512  # tokens a side of a tile
 LANES = 128  # what the kernel wants a head's size to be a multiple of
@@ -30,7 +30,7 @@ def splash_attention(
     """Causal grouped-query attention, differentiable in query, key and value; `takes` says for which shapes.
 
     Args:
-      query_marks, key_marks: place, group, first and last leaf of every token, as `blockwise.sees` reads them.
+      query_marks, key_marks: place, group, first and last leaf of every token, as `blockwise.attention_mask` reads them.
       segments_only: the groups are no trees, and queries and keys are the same tokens. The mask is then computed tile by
         tile; otherwise it is made whole, T x S bytes a row, and tiles in which nobody sees anybody are left out.
     """
@@ -57,7 +57,7 @@ def splash_attention(
         def row(operands):
             query, key, value, query_marks, key_marks = operands
             # One mask for all heads. Padding sees itself: a row of a mask must not be empty.
-            return kernel(sees(query_marks, key_marks, causal=True)[None])(query, key, value)
+            return kernel(attention_mask(query_marks, key_marks, causal=True)[None])(query, key, value)
 
         out = jax.lax.map(row, (*by_head, query_marks, key_marks))
     return jnp.swapaxes(out, 1, 2)

@@ -20,7 +20,7 @@ from ares_jax.models.qwen2_5_vl.layers import (
     scan_layers,
 )
 from ares_jax.models.qwen2_5_vl.paged import append_and_attend, copied_heads, keys_and_values
-from ares_jax.models.qwen2_5_vl.rotary import mrope_angles, rotate, turns
+from ares_jax.models.qwen2_5_vl.rotary import apply_rotary, cos_sin, mrope_angles
 from ares_jax.parallel.sharding import constrain
 
 _ACTIVATION = ("rows", "tokens", "width")
@@ -72,11 +72,11 @@ class TextDecoder(nnx.Module):
         leaf_spans: Int[Array, "B 2 T"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Returns the normalised hidden states."""
-        turned = turns(self._angles(positions))
+        rotation = cos_sin(self._angles(positions))
 
         def layer(x, p):
             p = self._cast(p)
-            query, key, value = self._project(x, p, turned)
+            query, key, value = self._project(x, p, rotation)
             return self._finish(x, self_attention(query, key, value, segment_ids, leaf_spans, causal=True), p), None
 
         x, _ = scan_layers(layer, x, self._stacked(), remat=self.remat)
@@ -107,13 +107,13 @@ class TextDecoder(nnx.Module):
             angles = jax.lax.dynamic_slice_in_dim(angles, start, x.shape[1], axis=1)
             size = kv_pages.shape[2]
             written = jax.lax.dynamic_slice_in_dim(pages, start // size, x.shape[1] // size, axis=1)
-        turned = turns(angles)
+        rotation = cos_sin(angles)
 
         def layer(carry, stacked):
             x, kv_pages = carry
             p, index = stacked
             p = self._cast(p)
-            query, key, value = self._project(x, p, turned)
+            query, key, value = self._project(x, p, rotation)
             kv = copied_heads(_interleave(key, value), kv_pages.shape[3] // 2)
             paged = kv.reshape(-1, *kv_pages.shape[2:]).astype(kv_pages.dtype)
             kv_pages = kv_pages.at[index, written.reshape(-1)].set(paged)
@@ -156,14 +156,14 @@ class TextDecoder(nnx.Module):
         they multiply with it, which makes a step half as long again. `x_by_output` [F, D] may stand for `x_kernel` [D, F].
         """
         rows = x.shape[0]
-        turned = turns(self._angles(jnp.broadcast_to(positions[:, None, None], (rows, 3, 1))))
+        rotation = cos_sin(self._angles(jnp.broadcast_to(positions[:, None, None], (rows, 3, 1))))
 
         # The cache is carried whole and written in place: as scanned input and output it would be copied at every step.
         def layer(carry, stacked):
             x, pages = carry
             p, index = stacked
             p = self._cast(p)
-            query, key, value = self._project(x[:, None], p, turned)
+            query, key, value = self._project(x[:, None], p, rotation)
             mixed, pages = append_and_attend(
                 query[:, 0], _interleave(key, value)[:, 0], pages, index, page_table, lengths, attention
             )
@@ -188,11 +188,11 @@ class TextDecoder(nnx.Module):
         return jax.tree.map(lambda a: a.astype(self.dtype), p)
 
     @jax.named_scope("project")
-    def _project(self, x, p, turned):
+    def _project(self, x, p, rotation):
         c = self.config
         h = rms_norm(x, p["norm1"], c.rms_norm_eps)
         query, key, value = (self._linear(h, p, name).reshape(*h.shape[:-1], -1, c.head_dim) for name in "qkv")
-        return rotate(query, turned), rotate(key, turned), value
+        return apply_rotary(query, rotation), apply_rotary(key, rotation), value
 
     @jax.named_scope("mlp")
     def _mlp(self, x, p):

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from ares_jax.models.qwen2_5_vl.attention import self_attention
 from ares_jax.models.qwen2_5_vl.config import VisionConfig
 from ares_jax.models.qwen2_5_vl.layers import Initializer, linear, matmul, rms_norm, run_layers, scan_layers
-from ares_jax.models.qwen2_5_vl.rotary import rotate, turns, vision_angles
+from ares_jax.models.qwen2_5_vl.rotary import apply_rotary, cos_sin, vision_angles
 from ares_jax.parallel.sharding import constrain
 
 _EPS = 1e-6
@@ -57,15 +57,16 @@ class VisionTower(nnx.Module):
     def __call__(self, inputs: VisionInputs) -> Float[Array, "B M D"]:
         """Returns the features of the merged tokens, M = P / 4, in the order of their patches; padding gives anything."""
         layer = self._layer(inputs)
-        x, _ = scan_layers(lambda *state: (layer(*state), None), self.begin(inputs), self._stacked(), remat=self.remat)
-        return self.merge(x)
+        x = self.embed_patches(inputs)
+        x, _ = scan_layers(lambda *state: (layer(*state), None), x, self._stacked(), remat=self.remat)
+        return self.merge_patches(x)
 
-    def begin(self, inputs: VisionInputs) -> Float[Array, "B P W"]:
+    def embed_patches(self, inputs: VisionInputs) -> Float[Array, "B P W"]:
         """Returns what the first layer takes."""
         return matmul(inputs.patches.astype(self.dtype), self.patch_embed[...].astype(self.dtype))
 
     @jax.named_scope("vision")
-    def some(
+    def run_layers(
         self, x: Float[Array, "B P W"], inputs: VisionInputs, first: Int[Array, ""], count: int
     ) -> Float[Array, "B P W"]:
         """Runs `count` layers from layer `first` on."""
@@ -79,14 +80,14 @@ class VisionTower(nnx.Module):
     def _layer(self, inputs: VisionInputs):
         c = self.config
         rows, count = inputs.frame_ids.shape
-        turned = turns(vision_angles(inputs.position_hw, head_dim=c.head_dim))
+        rotation = cos_sin(vision_angles(inputs.position_hw, head_dim=c.head_dim))
 
         def layer(x, stacked):
             p, full = stacked
             p = jax.tree.map(lambda a: a.astype(self.dtype), p)
             h = rms_norm(x, p["norm1"], _EPS)
             qkv = linear(h, p["qkv_kernel"], p["qkv_bias"]).reshape(rows, count, 3, c.num_heads, c.head_dim)
-            query, key = rotate(qkv[:, :, 0], turned), rotate(qkv[:, :, 1], turned)
+            query, key = apply_rotary(qkv[:, :, 0], rotation), apply_rotary(qkv[:, :, 1], rotation)
             groups = jnp.where(full, inputs.frame_ids, inputs.window_ids)
             mixed = self_attention(query, key, qkv[:, :, 2], groups, causal=False)
             x = x + linear(mixed.reshape(x.shape), p["out_kernel"], p["out_bias"])
@@ -96,7 +97,7 @@ class VisionTower(nnx.Module):
 
         return layer
 
-    def merge(self, x: Float[Array, "B P W"]) -> Float[Array, "B M D"]:
+    def merge_patches(self, x: Float[Array, "B P W"]) -> Float[Array, "B M D"]:
         """Returns the features that the last layer's output makes."""
         merged = x.shape[1] // self.config.spatial_merge_size**2
         x = rms_norm(x, self.merger_norm[...], _EPS).reshape(x.shape[0], merged, -1)

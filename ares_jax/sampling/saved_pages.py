@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from ares_jax.sampling.growing_tree import Group
 from ares_jax.sampling.pages import PagePool
-from ares_jax.sampling.tree import Group
 
 Content = Float[np.ndarray, "L C S 2K H"]  # pages, padded to a compiled number
 
