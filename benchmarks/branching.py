@@ -23,7 +23,7 @@ from ares_jax.aepo.windows import batch_threshold
 from ares_jax.commands import cli
 from ares_jax.errors import UserError
 from ares_jax.rewards.grading import is_correct
-from ares_jax.run.workspace import open_workspace
+from ares_jax.run.run import open_run
 from ares_jax.sampling.requests import derive_seed, rollout_request
 from ares_jax.sampling.rollout_tree import RolloutTree
 from data_pipeline.prompts import Prompt
@@ -49,8 +49,8 @@ class Forks(NamedTuple):
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
-    workspace, a, s = open_workspace(config, workdir), config.aepo, config.sampler
-    prompts = [p for p in workspace.prompts("test") if p.level == _LEVEL.value]
+    run, a, s = open_run(config, workdir), config.aepo, config.sampler
+    prompts = [p for p in run.prompts("test") if p.level == _LEVEL.value]
     if not prompts:
         raise UserError(f"--level={_LEVEL.value}: data.test has no such problem; levels are easy, medium and hard")
 
@@ -66,8 +66,8 @@ def main(config: ConfigDict, workdir: Path) -> None:
         )  # fmt: skip
 
     rows = {}
-    with workspace.sampler() as client:
-        client.push_weights(workspace.host_params(workspace.params(_STAGE.value)), 0)
+    with run.sampler() as client:
+        client.push_weights(run.host_params(run.params(_STAGE.value)), 0)
         entropies = [leaf.entropies for tree in draw(client, 0, group_size=8) for leaf in tree.leaves]
         tau = batch_threshold(entropies, definition=a.tau_definition, quantile=a.tau_quantile, window=a.window)
         for name, (at, choice) in RULES.items():
@@ -80,7 +80,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
                     max_branches_per_sequence=_PER_ROOT.value, tau_high=tau, branch_at=at, branch_choice=choice,
                 )  # fmt: skip
                 for prompt, tree in zip(prompts, trees, strict=True):
-                    found[prompt.problem_id].append(forks_of(prompt, tree, workspace.decode))
+                    found[prompt.problem_id].append(forks_of(prompt, tree, run.decode))
                     bar.update(len(found[prompt.problem_id][-1].child))
             bar.close()
             rows[name] = [Forks(*map(np.concatenate, zip(*pairs, strict=True))) for pairs in found.values()]

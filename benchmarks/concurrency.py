@@ -15,17 +15,17 @@ import httpx
 from ml_collections import ConfigDict
 
 from ares_jax.commands import cli
-from ares_jax.run.workspace import open_workspace
+from ares_jax.run.run import open_run
 from data_pipeline.images import to_data_url
 
 _CHATS, _ROUNDS = 2000, 12
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
-    workspace = open_workspace(config, workdir)
-    problems = workspace.problems("test")
+    run = open_run(config, workdir)
+    problems = run.problems("test")
     bodies = [_body(problems[i % len(problems)], i, workdir.absolute().name) for i in range(_CHATS)]
-    with workspace.sampler() as client:
+    with run.sampler() as client:
         pid = json.loads((workdir / "sampler.ready.json").read_text())["pid"]
         print("| round | answered | tokens | seconds | resident MB |\n|---|---|---|---|---|")
         for number in range(1, _ROUNDS + 1):

@@ -28,7 +28,7 @@ from ares_jax.checkpoints.weights import Entry, Weights
 from ares_jax.config import default_config
 from ares_jax.models.qwen2_5_vl import Qwen25VLConfig, TextConfig, VisionConfig
 from ares_jax.params import to_flat
-from ares_jax.run.workspace import open_workspace
+from ares_jax.run.run import open_run
 from data_pipeline import digits, tokenizer
 
 _LAYERS = flags.DEFINE_list("layers", ["8", "24"], "text layers of each checkpoint; 24 are 4.6 GB")
@@ -72,7 +72,7 @@ def make_step(folder: Path) -> None:
     tokenizer.train_tokenizer(digits.corpus(), 448).save_pretrained(folder / "hf")
     tokenizer.make_image_processor(784, 784).save_pretrained(folder / "hf")
     (folder / "run").mkdir()
-    shapes = to_flat(open_workspace(config, folder / "run").model)
+    shapes = to_flat(open_run(config, folder / "run").model)
     some = np.random.default_rng(0).standard_normal(10_000_019, np.float32)
     checkpoints = Checkpoints(folder / "run" / "checkpoints" / "aepo")
     checkpoints.save(1, {name: np.resize(some, value.shape) for name, value in shapes.items()}, {"m": np.zeros(2)}, {})

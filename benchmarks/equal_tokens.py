@@ -20,7 +20,7 @@ from ares_jax.aepo.windows import batch_threshold
 from ares_jax.commands import cli
 from ares_jax.errors import UserError
 from ares_jax.rewards.grading import is_correct
-from ares_jax.run.workspace import open_workspace
+from ares_jax.run.run import open_run
 from ares_jax.sampling.requests import derive_seed, rollout_request
 from ares_jax.sampling.rollout_tree import RolloutTree, Trajectory
 from data_pipeline.prompts import Prompt
@@ -45,8 +45,8 @@ Row = dict[str, float]
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
-    workspace, a = open_workspace(config, workdir), config.aepo
-    prompts = [p for p in workspace.prompts("test") if p.level == _LEVEL.value][: _PROBLEMS.value]
+    run, a = open_run(config, workdir), config.aepo
+    prompts = [p for p in run.prompts("test") if p.level == _LEVEL.value][: _PROBLEMS.value]
     if not prompts:
         raise UserError(f"--level={_LEVEL.value}: data.test has no such problem; levels are easy, medium and hard")
 
@@ -62,8 +62,8 @@ def main(config: ConfigDict, workdir: Path) -> None:
 
     rng = np.random.default_rng(config.seed)
     rows: dict[str, list[list[Row]]] = {name: [] for name in ("branching", "equal tokens", "equal leaves")}
-    with workspace.sampler() as client:
-        client.push_weights(workspace.host_params(workspace.params(_STAGE.value)), 0)
+    with run.sampler() as client:
+        client.push_weights(run.host_params(run.params(_STAGE.value)), 0)
         # More than the tree has leaves: short samples are many for the same tokens.
         independent = [client.rollouts(requests(d, group_size=2 * a.group_size)) for d in range(_DRAWS.value)]
         entropies = [leaf.entropies for groups in independent for group in groups for leaf in group.leaves]
@@ -71,11 +71,11 @@ def main(config: ConfigDict, workdir: Path) -> None:
         for draw, samples in enumerate(independent):
             tree = {"max_branches_per_sequence": a.max_branches_per_sequence, "tau_high": tau}
             trees = client.rollouts(requests(draw, group_size=a.group_size, root_leaves=a.root_leaves, **tree))
-            rows["branching"].append([measured(p, g.leaves, workspace.decode) for p, g in zip(prompts, trees, strict=True)])
+            rows["branching"].append([measured(p, g.leaves, run.decode) for p, g in zip(prompts, trees, strict=True)])
             chosen = [equal_tokens(one, tree, rng) for one, tree in zip(samples, trees, strict=True)]
-            rows["equal tokens"].append([measured(p, c, workspace.decode) for p, c in zip(prompts, chosen, strict=True)])
+            rows["equal tokens"].append([measured(p, c, run.decode) for p, c in zip(prompts, chosen, strict=True)])
             same = [one.leaves[: a.group_size] for one in samples]
-            rows["equal leaves"].append([measured(p, c, workspace.decode) for p, c in zip(prompts, same, strict=True)])
+            rows["equal leaves"].append([measured(p, c, run.decode) for p, c in zip(prompts, same, strict=True)])
     print(
         f"\n{len(prompts)} {_LEVEL.value} problems, {_DRAWS.value} draws each, weights of {_STAGE.value}, group of "
         f"{a.group_size} with {a.root_leaves} roots, tau {tau:.3f} nats ({a.tau_definition}, {a.tau_quantile:g})\n"

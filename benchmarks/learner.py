@@ -29,7 +29,7 @@ from ares_jax.aepo.state import initial_state as initial_aepo
 from ares_jax.checkpoints import save_hf
 from ares_jax.commands import cli
 from ares_jax.params import with_params
-from ares_jax.run.workspace import open_workspace
+from ares_jax.run.run import open_run
 from ares_jax.training import initial_state, make_optimizer, trainable
 from ares_jax.training.update import TrainState
 from benchmarks import large
@@ -46,35 +46,35 @@ def main(config: ConfigDict, workdir: Path) -> None:
     if _LARGE.value:
         large.measure(config, workdir)
         return
-    workspace = open_workspace(config, workdir)
+    run = open_run(config, workdir)
     a = config.aepo
     rng = np.random.default_rng(0)
-    prompts = workspace.prompts("train", limit=_PROMPTS)
-    groups = [random_group(prompt, rng, ~workspace.banned) for prompt in prompts]
+    prompts = run.prompts("train", limit=_PROMPTS)
+    groups = [random_group(prompt, rng, ~run.banned) for prompt in prompts]
     state = initial_aepo(a)._replace(tau_high=np.array(0.5))
     trees = learner_segments(groups, state, a)
     leaves = leaf_segments(groups, state, a)
-    params = workspace.initial_params()
+    params = run.initial_params()
     reference = {name: 0.99 * value for name, value in params.items()}
     optimizer = make_optimizer(config.optimizer, learning_rate=_LEARNING_RATE, steps=100)
     trained = trainable(config.optimizer)
     learner = Learner(
-        workspace.model, workspace.banned, optimizer, a, workspace.placement, temperature=1.0, trainable=trained
+        run.model, run.banned, optimizer, a, run.placement, temperature=1.0, trainable=trained
     )
 
     def start() -> TrainState:
-        return initial_state(jax.tree.map(lambda x: x.copy(), params), optimizer, workspace.placement, trained)
+        return initial_state(jax.tree.map(lambda x: x.copy(), params), optimizer, run.placement, trained)
 
     def update(segments: Sequence[Segment]) -> Callable[[TrainState], dict]:
         return lambda own: learner.update(own, pack(segments, **config.packing), reference)[1]
 
     for name, segments in (("policy", params), ("reference", reference)):
-        save_hf(with_params(workspace.model, segments), workdir / name)
+        save_hf(with_params(run.model, segments), workdir / name)
     results = {
         "trees": _measure(start, update(trees)),
         "leaf by leaf": _measure(start, update(leaves)),
         "PyTorch, leaf by leaf": _measure(
-            lambda: _torch_start(workdir, config), lambda own: torch_update(*own, leaves, workspace.banned, config)
+            lambda: _torch_start(workdir, config), lambda own: torch_update(*own, leaves, run.banned, config)
         ),
     }
     for _, values in results.values():

@@ -200,7 +200,8 @@ def _decode(model: Qwen25VL, params: dict, theirs: torch.nn.Module, tokens: np.n
     ones = jnp.ones(_SEQUENCES, jnp.int32)
     rows = DecodeState(
         token=jnp.asarray(prompts[:, -1]), length=ones * (_PROMPT - 1), response_index=ones * 0, alive=ones > 0,
-        rope_delta=ones * 0, end=ones * _NEW, key=leaf_keys(jax.random.key(0), _SEQUENCES), temperature=ones * 0.0, top_p=ones * 1.0,
+        rope_delta=ones * 0, end=ones * _NEW, key=leaf_keys(jax.random.key(0), _SEQUENCES), temperature=ones * 0.0,
+        top_p=ones * 1.0,
         top_k=ones * 0, tau_high=ones * jnp.inf, ring=jnp.zeros((_SEQUENCES, 4)),
         ring_tokens=jnp.zeros((_SEQUENCES, 4), jnp.int32),
     )  # fmt: skip

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from safetensors.numpy import save
 
 from ares_jax.commands import cli
-from ares_jax.run.workspace import open_workspace
+from ares_jax.run.run import open_run
 from ares_jax.service import transfer
 
 _REPEATS, _PIECE = 4, 2**20
@@ -27,12 +27,12 @@ _REPEATS, _PIECE = 4, 2**20
 
 def main(config: ConfigDict, workdir: Path) -> None:
     config.sampler.transfers = True
-    workspace = open_workspace(config, workdir)
-    params = workspace.initial_params()
-    flat = workspace.host_params(params)
+    run = open_run(config, workdir)
+    params = run.initial_params()
+    flat = run.host_params(params)
     gigabytes = sum(value.nbytes for value in flat.values()) / 1e9
     version = 0
-    with workspace.sampler() as client, httpx.Client(base_url=client.urls[0], timeout=600) as http:
+    with run.sampler() as client, httpx.Client(base_url=client.urls[0], timeout=600) as http:
 
         def through_http() -> None:
             body = save(flat)
@@ -55,7 +55,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
             uri = f"{workdir.absolute()}/checkpoints/benchmark/{version}"
             http.post("/v1/weights", json={"uri": uri, "version": version}).raise_for_status()
 
-        checkpoints = workspace.checkpoints("benchmark")
+        checkpoints = run.checkpoints("benchmark")
 
         def measure(*actions: Callable[[], None]) -> list[float]:
             nonlocal version

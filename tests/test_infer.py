@@ -32,7 +32,7 @@ from ares_jax.inference.terminal import Printer, legend, painted, window_lines
 from ares_jax.inference.texts import TokenTexts
 from ares_jax.params import to_flat
 from ares_jax.run.opening import open_model
-from ares_jax.run.workspace import open_workspace
+from ares_jax.run.run import open_run
 from ares_jax.sampling import Trajectory
 from ares_jax.sampling.requests import derive_seed
 from configs import digits_cpu
@@ -101,14 +101,14 @@ def test_answers_are_streamed_coloured_and_put_on_a_page(folder, tmp_path, capsy
     )  # fmt: skip
     pixels = [np.asarray(Image.open(path)) for path in images]
     conversation = Conversation(chosen, pixels, (), pieces.append)
-    conversation._opened.workspace.config.sampler.prefill_chunk = 24
+    conversation._opened.run.config.sampler.prefill_chunk = 24
     conversation.ask(chosen.question)
     assert conversation._asker._engine.options.prefill_chunk == 32  # whole pages of 16
     printed = "".join(pieces)
     assert len(pieces) > 8  # it came bit by bit
     assert "tokens" in capsys.readouterr().err
 
-    prompt, trigger = conversation._prompt(chosen.question), conversation._opened.workspace.trigger
+    prompt, trigger = conversation._prompt(chosen.question), conversation._opened.run.trigger
     assert len(prompt.token_ids) > 32
     seen = list(conversation._asker.ask(prompt, derive_seed(0, chosen.question)))
     counts = [[len(leaf.token_ids) for leaf in leaves] for leaves in seen]
@@ -151,7 +151,7 @@ def test_a_folder_a_converted_one_and_a_run_open_alike(folder, tmp_path):
     write_orbax(HFFolder(folder / "hf"), epath.Path(tmp_path / "orbax"))
     for path in (folder / "hf", tmp_path / "orbax"):
         opened = open_model(path, {})
-        assert math.isnan(opened.tau_high) and opened.workspace.config.data.max_pixels == 784 * 64
+        assert math.isnan(opened.tau_high) and opened.run.config.data.max_pixels == 784 * 64
         for name, value in opened.load().items():
             np.testing.assert_array_equal(value, expected[name])
     assert not list(folder.glob("hf/checkpoint*")) and not (folder / "hf" / "tokenizer").exists()
@@ -160,7 +160,7 @@ def test_a_folder_a_converted_one_and_a_run_open_alike(folder, tmp_path):
 def test_the_newest_stage_of_a_run_is_opened_and_nothing_is_written_there(tmp_path):
     config = digits_cpu.get_config()
     config.model.text.num_layers = 1
-    workspace = open_workspace(config, tmp_path)
+    workspace = open_run(config, tmp_path)
     with pytest.raises(UserError, match="no checkpoint yet; run"):
         open_model(tmp_path, {})
     for value, stage in ((1.0, "cold_start"), (2.0, "aepo")):
@@ -173,7 +173,7 @@ def test_the_newest_stage_of_a_run_is_opened_and_nothing_is_written_there(tmp_pa
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()}
     opened = open_model(tmp_path, {"sampler.max_prompt_tokens": 128})
     assert opened.name.endswith("(aepo)") and opened.tau_high == 0.75
-    assert opened.workspace.config.sampler.max_prompt_tokens == 128
+    assert opened.run.config.sampler.max_prompt_tokens == 128
     assert all(float(value.reshape(-1)[0]) == 2.0 for value in opened.load().values())
     assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()}
     (tmp_path / "config.json").write_text('{"sampler": 3}')

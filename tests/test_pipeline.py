@@ -16,7 +16,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from ares_jax.metrics import read_jsonl
 from ares_jax.models.qwen2_5_vl import VisionInputs
-from ares_jax.run.workspace import open_workspace
+from ares_jax.run.run import open_run
 from configs.resolved import get_config
 from data_pipeline.tokenizer import load_processors
 from data_pipeline.vision_layout import vision_layout
@@ -90,7 +90,7 @@ def test_killed_at_random_moments_the_weights_are_the_same_to_the_last_bit(workd
 
 
 def final_weights(folder):
-    workspace = open_workspace(get_config(str(folder / "config.json")), folder)
+    workspace = open_run(get_config(str(folder / "config.json")), folder)
     assert workspace.checkpoints("aepo").latest() == TINY_RUN["aepo.steps"]
     return workspace.params("aepo")
 
@@ -154,7 +154,7 @@ def test_an_evaluation_told_to_go_keeps_its_answers_and_the_next_one_compiles_no
 
 
 def test_the_export_is_the_model(workdir):
-    workspace = open_workspace(get_config(str(workdir / "config.json")), workdir)
+    workspace = open_run(get_config(str(workdir / "config.json")), workdir)
     theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(workdir / "export").eval()
     text, pixels = load_processors(workdir / "export")
     assert pixels.size == workspace.encoder.image_processor.size and len(text) == len(workspace.tokenizer)

@@ -26,7 +26,7 @@ from ares_jax.lifecycle.startup import STARTUP
 from ares_jax.parallel.chips import utilization
 from ares_jax.parallel.distributed import gather, joint_position, own_position
 from ares_jax.rewards.hard_split import held_out
-from ares_jax.run.workspace import Workspace
+from ares_jax.run.run import Run
 from ares_jax.sampling.gathering import GatheringSampler
 from ares_jax.sampling.sampler import Sampler
 from ares_jax.training import make_optimizer, make_schedule, trainable
@@ -35,25 +35,25 @@ from data_pipeline.reading import HoldingOut
 
 
 class Trainer:
-    """Holds what one run of AEPO holds; `run` is the loop."""
+    """Holds what one run of AEPO holds; `train` is the loop."""
 
-    def __init__(self, workspace: Workspace):
+    def __init__(self, run: Run):
         """Opens the run. Raises `UserError` as `check` does, with nothing to begin with, or a damaged checkpoint."""
-        config, a = workspace.config, workspace.config.aepo
+        config, a = run.config, run.config.aepo
         check(config)
-        self.workspace, self.config, self.aepo = workspace, config, a
+        self.run, self.config, self.aepo = run, config, a
         pace = {"learning_rate": a.learning_rate, "steps": a.steps * a.minibatches, "warmup_steps": a.warmup_steps}
         self.schedule, optimizer = make_schedule(**pace), make_optimizer(config.optimizer, **pace)
-        trained = trainable(config.optimizer, lora=workspace.model.lora is not None)
+        trained = trainable(config.optimizer, lora=run.model.lora is not None)
         self.learner = Learner(
-            workspace.model, workspace.banned, optimizer, a, workspace.placement,
+            run.model, run.banned, optimizer, a, run.placement,
             temperature=config.sampler.temperature, trainable=trained,
         )  # fmt: skip
-        encoder = HoldingOut(workspace.encoder, held_out(workspace.folder / "cold_start"))
-        self.prompts = workspace.stream(workspace.problems("train"), encoder, seed=config.seed + 1)
-        self.validation = workspace.prompts("validation")
+        encoder = HoldingOut(run.encoder, held_out(run.folder / "cold_start"))
+        self.prompts = run.stream(run.problems("train"), encoder, seed=config.seed + 1)
+        self.validation = run.prompts("validation")
         self.training = TrainingRun(
-            workspace, "aepo", optimizer, trained, workspace.params_for_aepo, reference=a.kl.reference if a.kl.weight else ""
+            run, "aepo", optimizer, trained, run.params_for_aepo, reference=a.kl.reference if a.kl.weight else ""
         )
         extra = self.training.extra
         self.state = aepo_state.from_json(extra["aepo"]) if extra else aepo_state.initial_state(a)
@@ -66,10 +66,10 @@ class Trainer:
         self.rollout_log = self.training.folder / "rollouts.jsonl"
         begin_log(self.rollout_log, self.training.step)
 
-    def run(self, sampler: Sampler) -> int:
+    def train(self, sampler: Sampler) -> int:
         """Trains to the end with rollouts from `sampler`. Returns the number of response tokens sampled."""
         a, training = self.aepo, self.training
-        self.sampler, rollouts = sampler, RolloutProducer(self.workspace, self.prompts, sampler)
+        self.sampler, rollouts = sampler, RolloutProducer(self.run, self.prompts, sampler)
         STARTUP.mark("sampler")
         stop = False  # before the end
         waited = 0.0  # seconds that nothing was learned because the next trees were not complete
@@ -136,19 +136,19 @@ class Trainer:
 
     def push(self) -> None:
         """Gives the sampler the present weights."""
-        self.workspace.push(self.sampler, self.training.state.params, self.training.step)
+        self.run.push(self.sampler, self.training.state.params, self.training.step)
 
     def learn(self, batch: Batch) -> dict[str, float]:
         """Updates the policy on a batch, moves thresholds and controllers, and returns the metrics."""
         a, training, begin = self.aepo, self.training, time.time()
-        updated = update_policy(self.learner, self.workspace, training, batch.kept, self.state)
+        updated = update_policy(self.learner, self.run, training, batch.kept, self.state)
         sums, seconds = updated.sums, time.time() - begin
         self.tokens += batch.tokens
         self.prompt_position = batch.next_prompt
         if (training.step + 1) % a.log_rollouts_every == 0 or training.step == 0:
             own = [tree for tree in batch.kept if tree.process == 0]
             tau = float(self.state.tau_high)
-            log_trees(self.rollout_log, own, self.workspace.tokenizer, step=training.step + 1, tau_high=tau)
+            log_trees(self.rollout_log, own, self.run.tokenizer, step=training.step + 1, tau_high=tau)
         values = iteration_metrics(
             batch.drawn, len(batch.kept), sums, iteration=training.step, state=self.state, aepo=a,
             max_tokens=self.config.sampler.max_response_tokens,
@@ -156,7 +156,7 @@ class Trainer:
         measured = {f"{tree.problem.source}/{tree.problem_id}": tree.difficulty for tree in batch.drawn}
         self.difficulty, moves = update_difficulty(self.difficulty, measured)
         self.state = aepo_state.after_iteration(self.state, a, batch.drawn, sums, batch.useful / len(batch.drawn))
-        devices, ledger = self.workspace.placement.mesh.devices.flatten().tolist(), self.prompts.ledger
+        devices, ledger = self.run.placement.mesh.devices.flatten().tolist(), self.prompts.ledger
         made = int(training.state.step) - int(training.state.skipped)  # updates that were not left out
         return values | moves | utilization(sum(gather(updated.flops)), seconds, devices) | {
             "loss": updated.loss, "grad_norm": updated.grad_norm, "padding": updated.padding, "time/learn": seconds,
@@ -169,7 +169,7 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Returns accuracy and length per level on the validation split."""
         sampler = GatheringSampler(self.sampler)
-        return validation_metrics(sampler, self.validation, self.workspace.decode, self.config)
+        return validation_metrics(sampler, self.validation, self.run.decode, self.config)
 
     def extra(self) -> dict:
         """Returns what a checkpoint holds besides weights and moments."""

@@ -19,7 +19,7 @@ from ares_jax.aepo.windows import trees_threshold
 from ares_jax.errors import UserError
 from ares_jax.lifecycle import preemption
 from ares_jax.parallel.distributed import gather, interleaved, share
-from ares_jax.run.workspace import Workspace
+from ares_jax.run.run import Run
 from ares_jax.sampling.gathering import GatheringSampler
 from ares_jax.sampling.requests import derive_seed, rollout_request
 from ares_jax.sampling.rollout_tree import RolloutTree
@@ -52,9 +52,9 @@ class Batch(NamedTuple):
 class RolloutProducer:
     """Draws for one iteration at a time; every process has one, and calls it together with the others."""
 
-    def __init__(self, workspace: Workspace, prompts: Stream, sampler: Sampler):
-        self.workspace, self.prompts, self.sampler = workspace, prompts, sampler
-        self.config, self.aepo = workspace.config, workspace.config.aepo
+    def __init__(self, run: Run, prompts: Stream, sampler: Sampler):
+        self.run, self.prompts, self.sampler = run, prompts, sampler
+        self.config, self.aepo = run.config, run.config.aepo
         self.background = ThreadPoolExecutor(1)
         self._begun: Future[Draw] | None = None
 
@@ -112,7 +112,7 @@ class RolloutProducer:
         prompts = [next(self.prompts) for _ in range(math.ceil(count / jax.process_count()))]
         waited = time.time() - begin
         trees = self.sampler.rollouts(self._requests(prompts, iteration, attempt, float(state.tau_high)))
-        graded = grade(prompts, trees, self.workspace.decode, process=jax.process_index())
+        graded = grade(prompts, trees, self.run.decode, process=jax.process_index())
         return Draw(graded, state, time.time() - begin, waited)
 
     def drawn(self, draw: "Future[Draw]") -> Draw | None:

@@ -11,7 +11,7 @@ from ares_jax.aepo.batch import learner_segments
 from ares_jax.aepo.learner import Learner
 from ares_jax.aepo.state import AepoState
 from ares_jax.models.flops import update_flops
-from ares_jax.run.workspace import Workspace
+from ares_jax.run.run import Run
 from ares_jax.sampling.rollout_tree import RolloutTree
 from ares_jax.training.run import TrainingRun
 from data_pipeline.micro_batch import MicroBatch
@@ -29,25 +29,25 @@ class Updated(NamedTuple):
 
 
 def update_policy(
-    learner: Learner, workspace: Workspace, training: TrainingRun, kept: Sequence[RolloutTree], state: AepoState
+    learner: Learner, run: Run, training: TrainingRun, kept: Sequence[RolloutTree], state: AepoState
 ) -> Updated:
     """Updates `training.state` on the trees, in `aepo.minibatches` parts and in random order."""
-    a = workspace.config.aepo
-    rng = np.random.default_rng([workspace.config.seed, training.step])
+    a = run.config.aepo
+    rng = np.random.default_rng([run.config.seed, training.step])
     order = np.array_split(rng.permutation(len(kept)), min(a.minibatches, len(kept)))
     parts = [[kept[i] for i in part] for part in order]
     # The ratio of all updates is to the policy before the first of them.
     old: list[list[np.ndarray] | None] = [None] * len(parts)
     if a.old_log_probs == "recomputed":  # the first update's own; the others are packed twice, as all in one take memory
         params = training.state.params
-        old[1:] = [learner.log_probs(params, packed(workspace, part, state)[1]) for part in parts[1:]]
+        old[1:] = [learner.log_probs(params, packed(run, part, state)[1]) for part in parts[1:]]
     sums: dict[str, np.ndarray] = {}
     losses, norms, padding, flops, skipped = [], [], [], 0.0, int(training.state.skipped)
     passes = (training.reference is not None) + (a.old_log_probs == "recomputed")
     for part, before in zip(parts, old, strict=True):
-        segments, batches = packed(workspace, part, state)
-        frozen = workspace.config.optimizer.freeze_vision
-        flops += update_flops(workspace.model.config, segments, fixed_passes=passes, freeze_vision=frozen)
+        segments, batches = packed(run, part, state)
+        frozen = run.config.optimizer.freeze_vision
+        flops += update_flops(run.model.config, segments, fixed_passes=passes, freeze_vision=frozen)
         padding.append(padding_share(batches))
         training.state, metrics = learner.update(training.state, batches, training.reference, before)
         losses.append(metrics.pop("loss"))
@@ -59,7 +59,7 @@ def update_policy(
     return Updated(sums, float(np.mean(losses)), float(np.mean(norms)), float(np.mean(padding)), flops)
 
 
-def packed(workspace: Workspace, part: Sequence[RolloutTree], state: AepoState) -> tuple[list[Segment], list[MicroBatch]]:
+def packed(run: Run, part: Sequence[RolloutTree], state: AepoState) -> tuple[list[Segment], list[MicroBatch]]:
     """Returns this process's trees of a minibatch, and its rows of the micro-batches that hold them."""
-    segments = learner_segments(part, state, workspace.config.aepo, process=jax.process_index())
-    return segments, workspace.pack(segments)
+    segments = learner_segments(part, state, run.config.aepo, process=jax.process_index())
+    return segments, run.pack(segments)

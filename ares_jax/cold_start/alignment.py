@@ -15,18 +15,18 @@ from tqdm import tqdm
 
 from ares_jax.models.qwen2_5_vl import VisionInputs
 from ares_jax.params import Params, with_params
-from ares_jax.run.workspace import Workspace
+from ares_jax.run.run import Run
 from data_pipeline.digits import captioned_cards
 from data_pipeline.packing import Segment, pack
 
 _IMAGES, _BATCH, _LEARNING_RATE = 2000, 64, 3e-3
 
 
-def align_vision(workspace: Workspace, params: Params, steps: int) -> Params:
+def align_vision(run: Run, params: Params, steps: int) -> Params:
     """Returns the weights with the vision tower trained on captioned cards of the training scans."""
     if not steps:
         return params
-    encoder, seed = workspace.encoder, workspace.config.seed
+    encoder, seed = run.encoder, run.config.seed
     segments = [_segment(encoder, *captioned_cards("train", seed, index)) for index in range(_IMAGES)]
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(_LEARNING_RATE))
     fixed = {name: value for name, value in params.items() if not name.startswith("visual.")}
@@ -35,7 +35,7 @@ def align_vision(workspace: Workspace, params: Params, steps: int) -> Params:
     @jax.jit
     def update(vision, fixed, moments, batch):
         def loss(vision):
-            model = with_params(workspace.model, {**fixed, **vision})
+            model = with_params(run.model, {**fixed, **vision})
             inputs = VisionInputs(
                 batch["patches"], batch["patch_positions"], batch["patch_window_ids"], batch["patch_frame_ids"]
             )

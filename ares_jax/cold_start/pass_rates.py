@@ -10,14 +10,14 @@ from ares_jax.cold_start.responses import endpoint_responses, known_records
 from ares_jax.cold_start.teacher import Trace
 from ares_jax.metrics import append_jsonl
 from ares_jax.rewards.grading import is_correct
-from ares_jax.run.workspace import Workspace
+from ares_jax.run.run import Run
 from ares_jax.sampling.requests import derive_seed, rollout_request
 from data_pipeline.reading import Reader, read_all
 
 _CHUNK = 128  # problems between two writes: what a killed run loses at most
 
 
-def measure_pass_rates(workspace: Workspace, client, indices: Sequence[int], path: Path) -> list[dict]:
+def measure_pass_rates(run: Run, client, indices: Sequence[int], path: Path) -> list[dict]:
     """Returns one record for each readable training problem in `indices`; what `path` already holds is not asked again.
 
     A record: {"index", "problem_id", "source", "level", "correct", "samples", "tokens": sampled, "asked"}.
@@ -25,13 +25,13 @@ def measure_pass_rates(workspace: Workspace, client, indices: Sequence[int], pat
     Raises:
       UserError: `path` holds the answers to another request.
     """
-    config, problems, encoder = workspace.config, workspace.problems("train"), workspace.encoder
+    config, problems, encoder = run.config, run.problems("train"), run.encoder
     samples, draw = config.cold_start.pass_rate_samples, config.cold_start.endpoint
     how = {
         "max_new_tokens": config.sampler.max_response_tokens, "temperature": draw.temperature, "top_p": draw.top_p,
     }  # fmt: skip
     asked = {"sampler": "our own", "samples": samples, **how}
-    reader, ledger = Reader(problems, lambda problem: (problem, encoder(problem))), workspace.ledger(problems)
+    reader, ledger = Reader(problems, lambda problem: (problem, encoder(problem))), run.ledger(problems)
     known = known_records(path, asked)
     todo = [index for index in indices if index not in known]
     bar = tqdm(total=len(indices), initial=len(indices) - len(todo), desc="cold_start: pass rates", unit="problem")
@@ -46,7 +46,7 @@ def measure_pass_rates(workspace: Workspace, client, indices: Sequence[int], pat
         ]  # fmt: skip
         groups = client.rollouts(requests, on_group=lambda index, group: bar.update()) if requests else []
         for (index, (problem, _)), group in zip(members, groups, strict=True):
-            texts = [workspace.decode(leaf.token_ids.tolist()) for leaf in group.leaves]
+            texts = [run.decode(leaf.token_ids.tolist()) for leaf in group.leaves]
             known[index] = {
                 "index": index, "problem_id": problem.problem_id, "source": problem.source, "level": problem.level,
                 "correct": sum(is_correct(text, problem.answer) for text in texts), "samples": samples,
@@ -59,10 +59,10 @@ def measure_pass_rates(workspace: Workspace, client, indices: Sequence[int], pat
     return [known[index] for index in indices if index in known]
 
 
-def endpoint_pass_rates(workspace: Workspace, indices: Sequence[int], path: Path) -> list[dict]:
+def endpoint_pass_rates(run: Run, indices: Sequence[int], path: Path) -> list[dict]:
     """Returns the same records, measured at `cold_start.endpoint`; problems that it refuses are left out and reported."""
-    config, problems = workspace.config, workspace.problems("train")
-    readable = read_all(Reader(problems, workspace.encoder), indices, workspace.ledger(problems))
+    config, problems = run.config, run.problems("train")
+    readable = read_all(Reader(problems, run.encoder), indices, run.ledger(problems))
     records = endpoint_responses(
         config.cold_start.endpoint, problems, [index for index, _ in readable], path,
         samples=config.cold_start.pass_rate_samples, max_tokens=config.sampler.max_response_tokens, seed=config.seed,

@@ -23,7 +23,7 @@ from ares_jax.parallel.chips import utilization
 from ares_jax.parallel.distributed import gather, joint_position, local_rows, own_position
 from ares_jax.parallel.sharding import batch_sharding
 from ares_jax.params import Params
-from ares_jax.run.workspace import Workspace
+from ares_jax.run.run import Run
 from ares_jax.training import Update, make_optimizer, make_schedule, trainable
 from ares_jax.training.log_probs import TokenStatistics, token_statistics
 from ares_jax.training.run import TrainingRun
@@ -61,7 +61,7 @@ def fine_tuning_loss(statistics: TokenStatistics, estimator: str) -> LossFn:
 
 
 def fine_tune(
-    workspace: Workspace,
+    run: Run,
     stage: str,
     start: Callable[[], Params],
     batches: Any,
@@ -81,18 +81,18 @@ def fine_tune(
 
     Returns the number of response tokens learned from.
     """
-    config, place = workspace.config, workspace.placement
+    config, place = run.config, run.placement
     pace = {
         "learning_rate": learning_rate, "steps": steps, "warmup_steps": int(config.cold_start.warmup_fraction * steps),
         "final_fraction": 0.1,
     }  # fmt: skip
     schedule, optimizer = make_schedule(**pace), make_optimizer(config.optimizer, **pace)
-    statistics = token_statistics(workspace.model, jnp.asarray(workspace.banned))
+    statistics = token_statistics(run.model, jnp.asarray(run.banned))
     trained = trainable(config.optimizer, lora=lora)
     update = Update(fine_tuning_loss(statistics, config.cold_start.kl.estimator), optimizer, place, trained)
     rows = batch_sharding(place.mesh)
     reference_log_probs = jax.jit(lambda params, batch: statistics(params, batch)[0], out_shardings=rows)
-    training = TrainingRun(workspace, stage, optimizer, trained, start, reference="device" if guided else "")
+    training = TrainingRun(run, stage, optimizer, trained, start, reference="device" if guided else "")
     tokens: int = training.extra.get("tokens", 0)
     if training.extra:
         batches.set_state(own_position(training.extra["iterator"]))
@@ -108,7 +108,7 @@ def fine_tune(
                 waited = time.time() - started
                 weighted, count = normalized(segments)
                 begin = time.time()
-                packed = workspace.pack(weighted)
+                packed = run.pack(weighted)
                 if training.reference is not None:
                     for batch in packed:
                         with jax.set_mesh(place.mesh):
@@ -125,7 +125,7 @@ def fine_tune(
             values["learning_rate"] = float(schedule(step - skipped))
             values |= {"time/data": waited, "time/step": time.time() - started}
             frozen = config.optimizer.freeze_vision
-            flops = update_flops(workspace.model.config, weighted, fixed_passes=int(guided), freeze_vision=frozen)
+            flops = update_flops(run.model.config, weighted, fixed_passes=int(guided), freeze_vision=frozen)
             values |= utilization(sum(gather(flops)), seconds, place.mesh.devices.flatten().tolist())
             training.metrics.write(step + 1, values | {"goodput": guard.goodput()})
             bar.set_postfix(loss=f"{values['loss']:.3f}", tokens_per_s=f"{values['tokens_per_second']:.0f}")

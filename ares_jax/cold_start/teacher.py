@@ -12,7 +12,7 @@ from ares_jax.cold_start.normalise import KEPT, REJECTS, REWRITTEN, normalise
 from ares_jax.cold_start.responses import endpoint_responses
 from ares_jax.errors import UserError
 from ares_jax.metrics import write_atomic
-from ares_jax.run.workspace import Workspace
+from ares_jax.run.run import Run
 from ares_jax.service.endpoint import Response
 from data_pipeline.errors import DataError
 
@@ -38,12 +38,12 @@ def check(teacher: ConfigDict) -> None:
             raise DataError(f"{file}: no such file; cold_start.teacher.files lists JSONL files")
 
 
-def teacher_responses(workspace: Workspace, indices: Sequence[int], folder: Path) -> dict[int, list[Response]]:
+def teacher_responses(run: Run, indices: Sequence[int], folder: Path) -> dict[int, list[Response]]:
     """Returns the teacher's raw responses to the training problems `indices`; a problem without any is left out.
 
     Raises as `check` and `read_responses` do.
     """
-    teacher, problems = workspace.config.cold_start.teacher, workspace.problems("train")
+    teacher, problems = run.config.cold_start.teacher, run.problems("train")
     check(teacher)
     if teacher.source == "data":
         found = {index: [Response(text) for text in problems[index].responses] for index in indices}
@@ -54,7 +54,7 @@ def teacher_responses(workspace: Workspace, indices: Sequence[int], folder: Path
         return {index: by_id[name] for index, name in names.items() if name in by_id}
     records = endpoint_responses(
         teacher.endpoint, problems, indices, folder / "teacher.jsonl", samples=teacher.samples,
-        max_tokens=longest_trace(workspace.config), seed=workspace.config.seed, name="teacher",
+        max_tokens=longest_trace(run.config), seed=run.config.seed, name="teacher",
     )  # fmt: skip
     pairs = {r["index"]: zip(r["responses"], r["finish"], strict=True) for r in records}
     return {index: [Response(*pair) for pair in both] for index, both in pairs.items()}
@@ -89,14 +89,14 @@ def read_responses(files: Sequence[Path]) -> dict[str, list[Response]]:
 
 
 def normalised_traces(
-    workspace: Workspace, responses: Mapping[int, Sequence[Response]], folder: Path
+    run: Run, responses: Mapping[int, Sequence[Response]], folder: Path
 ) -> tuple[dict[int, list[Trace]], dict[str, int]]:
     """Returns the usable traces of each problem that has any, and how many responses got each verdict.
 
     Nothing is dropped silently: every response that is not used stands in `folder/rejects.jsonl` with its verdict.
     """
-    problems, encoder = workspace.problems("train"), workspace.encoder
-    limit = longest_trace(workspace.config)
+    problems, encoder = run.problems("train"), run.encoder
+    limit = longest_trace(run.config)
     traces: dict[int, list[Trace]] = {}
     counts: Counter[str] = Counter()
     rejects = []

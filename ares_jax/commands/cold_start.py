@@ -23,7 +23,7 @@ from ares_jax.lifecycle.watchdog import watchdog
 from ares_jax.metrics import stage
 from ares_jax.parallel.micro_batch import check_rows, share_of
 from ares_jax.rewards.hard_split import hard_problems, write_hard_split
-from ares_jax.run.workspace import Workspace, open_workspace
+from ares_jax.run.run import Run, open_run
 from ares_jax.sampling.gathering import GatheringSampler
 from ares_jax.sampling.requests import derive_seed
 from data_pipeline.errors import DataError, OverlongError
@@ -55,32 +55,32 @@ def main(config: ConfigDict, workdir: Path) -> None:
     check(config)
     check_rows(config, jax.device_count(), jax.process_count())
     share_of(config.cold_start.batch_size, "cold_start.batch_size", jax.process_count())
-    workspace, c = open_workspace(config, workdir), config.cold_start
+    run, c = open_run(config, workdir), config.cold_start
     if c.warmup_steps:
         with stage(workdir, "warm-up fine-tuning") as record:
-            record["tokens"] = _warm_up(workspace)
-    choice = np.random.default_rng([config.seed, 1]).permutation(len(workspace.problems("train")))
+            record["tokens"] = _warm_up(run)
+    choice = np.random.default_rng([config.seed, 1]).permutation(len(run.problems("train")))
     indices = np.sort(choice[: c.pass_rate_problems]).tolist()
     with STARTUP.apart():
-        selected = _selected(workspace, indices)
+        selected = _selected(run, indices)
     with stage(workdir, "cold-start fine-tuning") as record:
-        record["tokens"] = _fine_tune(workspace, selected)
+        record["tokens"] = _fine_tune(run, selected)
     print(f"cold start: {len(selected)} problems of {len(indices)}, weights in {workdir / 'checkpoints' / 'cold_start'}")
 
 
-def _selected(workspace: Workspace, indices: list[int]) -> list[tuple[int, str, int]]:
+def _selected(run: Run, indices: list[int]) -> list[tuple[int, str, int]]:
     """Measures pass rates, gets teacher traces, curates. Returns what is learned: (problem, trace, difficulty)."""
-    workdir, c = workspace.folder, workspace.config.cold_start
+    workdir, c = run.folder, run.config.cold_start
     folder = workdir / "cold_start"
     with stage(workdir, "pass rates") as record:
-        records = _pass_rates(workspace, indices, folder / "pass_rates.jsonl")
+        records = _pass_rates(run, indices, folder / "pass_rates.jsonl")
         record["tokens"] = sum(r["tokens"] for r in records)
     measured = [r["index"] for r in records]
     with stage(workdir, "teacher traces"):
-        responses = from_first(lambda: teacher_responses(workspace, measured, folder))
-        traces, verdicts = normalised_traces(workspace, responses, folder)
-        hard = hard_problems(workspace.problems("train"), responses) if c.teacher.source != "data" else []
-        write_hard_split(workspace.problems("train"), hard, folder)
+        responses = from_first(lambda: teacher_responses(run, measured, folder))
+        traces, verdicts = normalised_traces(run, responses, folder)
+        hard = hard_problems(run.problems("train"), responses) if c.teacher.source != "data" else []
+        write_hard_split(run.problems("train"), hard, folder)
     held_out = set(hard)
     usable = [r for r in records if r["index"] in traces and r["index"] not in held_out]
     if not usable:
@@ -88,7 +88,7 @@ def _selected(workspace: Workspace, indices: list[int]) -> list[tuple[int, str, 
             f"no problem has a usable teacher trace (verdicts: {verdicts}); {folder / 'rejects.jsonl'} has them all"
         )
     pool = candidates(usable, traces)
-    choices = curate(pool, c.selected, workspace.config.seed)
+    choices = curate(pool, c.selected, run.config.seed)
     problems = {
         "asked": len(indices), "measured": len(records), "held out for hard validation": len(hard),
         "without a usable trace": len(records) - len(usable) - len(hard), "selected": len(choices),
@@ -96,22 +96,22 @@ def _selected(workspace: Workspace, indices: list[int]) -> list[tuple[int, str, 
     write_report(folder, curation_report(pool, choices, {"verdicts": verdicts, "problems": problems}))
     print(f"cold start: teacher responses: {', '.join(f'{count} {name}' for name, count in verdicts.items())}")
     chosen = [(usable[choice.candidate], choice.trace) for choice in choices]
-    rule = workspace.config.aepo.difficulty_rule
+    rule = run.config.aepo.difficulty_rule
     levels = [int(bucket(r["correct"], r["samples"], rule)) for r, _ in chosen]
     return [(r["index"], traces[r["index"]][i].text, level) for (r, i), level in zip(chosen, levels, strict=True)]
 
 
-def _pass_rates(workspace: Workspace, indices: list[int], path: Path) -> list[dict]:
-    if workspace.config.cold_start.endpoint.url:
-        return from_first(lambda: endpoint_pass_rates(workspace, indices, path))
-    with watchdog(workspace.config.watchdog_seconds), workspace.sampler() as client:
-        workspace.push(client, workspace.params("base"), 0)
-        return measure_pass_rates(workspace, GatheringSampler(client), indices, path)
+def _pass_rates(run: Run, indices: list[int], path: Path) -> list[dict]:
+    if run.config.cold_start.endpoint.url:
+        return from_first(lambda: endpoint_pass_rates(run, indices, path))
+    with watchdog(run.config.watchdog_seconds), run.sampler() as client:
+        run.push(client, run.params("base"), 0)
+        return measure_pass_rates(run, GatheringSampler(client), indices, path)
 
 
-def _warm_up(workspace: Workspace) -> int:
+def _warm_up(run: Run) -> int:
     """A short fine-tuning on traces of any length: the starting model where there is no pretrained one."""
-    c, encoder, seed = workspace.config.cold_start, workspace.encoder, workspace.config.seed
+    c, encoder, seed = run.config.cold_start, run.encoder, run.config.seed
 
     def teach(problem: Problem):
         if not problem.responses:
@@ -121,31 +121,31 @@ def _warm_up(workspace: Workspace) -> int:
             )
         trace = derive_seed(seed, "warm-up", problem.problem_id) % len(problem.responses)
         prompt, response = encoder(problem), encoder.encode_response(problem.responses[trace], problem.problem_id)
-        if (size := len(prompt.token_ids) + len(response)) > (most := workspace.config.packing.row_tokens):
+        if (size := len(prompt.token_ids) + len(response)) > (most := run.config.packing.row_tokens):
             raise OverlongError(f"problem {problem.problem_id}: {size} tokens of prompt and trace, at most {most} fit")
         return example(prompt, response)
 
-    batches = workspace.stream(workspace.problems("train"), teach, seed=seed, batch_size=c.batch_size)
+    batches = run.stream(run.problems("train"), teach, seed=seed, batch_size=c.batch_size)
     return fine_tune(
-        workspace, "base", lambda: align_vision(workspace, workspace.initial_params(), c.alignment_steps), batches,
+        run, "base", lambda: align_vision(run, run.initial_params(), c.alignment_steps), batches,
         steps=c.warmup_steps, learning_rate=c.warmup_learning_rate, lora=False,
     )  # fmt: skip
 
 
-def _fine_tune(workspace: Workspace, selected: list[tuple[int, str, int]]) -> int:
+def _fine_tune(run: Run, selected: list[tuple[int, str, int]]) -> int:
     """Learns from (problem, trace, difficulty) triples."""
-    c, encoder, problems = workspace.config.cold_start, workspace.encoder, workspace.problems("train")
+    c, encoder, problems = run.config.cold_start, run.encoder, run.problems("train")
 
     def teach(choice: tuple[int, str, int]):
         index, trace, difficulty = choice
         prompt = encoder(problems[index])
         return example(prompt, encoder.encode_response(trace, prompt.problem_id), c.kl.weight[difficulty])
 
-    batches = workspace.stream(selected, teach, seed=workspace.config.seed, batch_size=c.batch_size)
+    batches = run.stream(selected, teach, seed=run.config.seed, batch_size=c.batch_size)
     return fine_tune(
-        workspace, "cold_start", lambda: workspace.params("base"), batches,
+        run, "cold_start", lambda: run.params("base"), batches,
         steps=max(1, c.epochs * len(selected) // c.batch_size), learning_rate=c.learning_rate,
-        lora=workspace.model.lora is not None, guided=any(c.kl.weight),
+        lora=run.model.lora is not None, guided=any(c.kl.weight),
     )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ from ares_jax.commands import cli
 from ares_jax.errors import UserError
 from ares_jax.metrics import stage
 from ares_jax.parallel.sharding import make_mesh
-from ares_jax.run.workspace import STAGES, Workspace, open_workspace
+from ares_jax.run.run import STAGES, Run, open_run
 
 TOPICS = {
     "A folder": ("from", "to", "source", "target"),
@@ -114,17 +114,17 @@ def _convert_folder() -> epath.Path:
 def _export_run(config: ConfigDict, workdir: Path, target: epath.Path) -> None:
     # Whatever the learner's mesh: here is one device. What the run says of itself stays as it is.
     there = (workdir / "config.json").is_file()
-    workspace = open_workspace(config, workdir, mesh=make_mesh(devices=jax.local_devices()[:1]), read_only=there)
-    stages = [_STAGE.value] if _STAGE.value else workspace.trained_stages()
+    run = open_run(config, workdir, mesh=make_mesh(devices=jax.local_devices()[:1]), read_only=there)
+    stages = [_STAGE.value] if _STAGE.value else run.trained_stages()
     if not stages:
         raise UserError(f"{workdir}: no checkpoint to convert; run `python -m ares_jax.cold_start` first")
-    weights, name = _stage_weights(workspace, stages[-1], _STEP.value)
+    weights, name = _stage_weights(run, stages[-1], _STEP.value)
     half = config.model.dtype if config.model.dtype == "bfloat16" else None
     weights = _as(_DTYPE.value or half, weights)
     with stage(workdir, "export"), replacing(target) as folder:
         with staged(folder) as local:
-            workspace.tokenizer.save_pretrained(local)
-            workspace.encoder.image_processor.save_pretrained(local)
+            run.tokenizer.save_pretrained(local)
+            run.encoder.image_processor.save_pretrained(local)
         pretrained = epath.Path(config.model.pretrained) if config.model.pretrained else None
         write_config(folder, weights, read_json(pretrained / "config.json") if pretrained else None)
         write_hf(weights, folder, _SHARD.value)
@@ -135,25 +135,25 @@ def _export_run(config: ConfigDict, workdir: Path, target: epath.Path) -> None:
         _report(verify(weights, HFFolder(target)), target, weights)
 
 
-def _stage_weights(workspace: Workspace, name: str, which: str) -> tuple[Weights, str]:
+def _stage_weights(run: Run, name: str, which: str) -> tuple[Weights, str]:
     """Returns the actor's weights of a stage and what to call them."""
-    checkpoints = workspace.checkpoints(name)
+    checkpoints = run.checkpoints(name)
     steps = checkpoints.steps()
     if not steps:
-        return _base_weights(workspace, name), name
+        return _base_weights(run, name), name
     choices = {"latest": steps[-1], "best": checkpoints.best(), **{str(step): step for step in steps}}
     if (step := choices.get(which)) is None:
         there = ", ".join(map(str, steps))
         raise UserError(f"--step={which}: no such step in {checkpoints.folder}; give latest, best or one of {there}")
     folder = epath.Path(checkpoints.folder) / str(step) / PARAMS
-    return OrbaxParams(folder, workspace.model.config, lora=workspace.model.lora), f"{name} step {step}"
+    return OrbaxParams(folder, run.model.config, lora=run.model.lora), f"{name} step {step}"
 
 
-def _base_weights(workspace: Workspace, name: str) -> Weights:
+def _base_weights(run: Run, name: str) -> Weights:
     """Returns the weights before any training, in the run's type. Of another stage there are none, which `load` says."""
-    m = workspace.config.model
-    if name != "base" or not m.pretrained or workspace.config.cold_start.warmup_steps:
-        return ModelWeights(workspace.load(name))
+    m = run.config.model
+    if name != "base" or not m.pretrained or run.config.cold_start.warmup_steps:
+        return ModelWeights(run.load(name))
     return _as(m.param_dtype, (open_converted if is_converted(m.pretrained) else HFFolder)(m.pretrained))
 
 

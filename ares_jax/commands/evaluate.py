@@ -167,28 +167,28 @@ def _stages(config: ConfigDict, workdir: Path) -> None:
     from ares_jax.lifecycle.watchdog import watchdog
     from ares_jax.metrics import stage, write_json
     from ares_jax.parallel.distributed import is_first
-    from ares_jax.run.workspace import open_workspace
+    from ares_jax.run.run import open_run
     from ares_jax.sampling.gathering import GatheringSampler
 
-    workspace, e = open_workspace(config, workdir), config.evaluation
-    prompts = workspace.prompts("test")
+    run, e = open_run(config, workdir), config.evaluation
+    prompts = run.prompts("test")
     drawn = {
         "seed": config.seed, "max_new_tokens": config.sampler.max_response_tokens, "temperature": e.temperature,
         "top_p": e.top_p,
     }  # fmt: skip
-    with stage(workdir, "evaluation") as record, watchdog(config.watchdog_seconds), workspace.sampler() as client:
+    with stage(workdir, "evaluation") as record, watchdog(config.watchdog_seconds), run.sampler() as client:
         tokens = 0.0
-        for version, name in enumerate(workspace.trained_stages()):
-            step = workspace.checkpoints(name).latest()
+        for version, name in enumerate(run.trained_stages()):
+            step = run.checkpoints(name).latest()
             path = workdir / "evaluation" / f"{name}.json"
             if preemption.from_first(partial(_holds, path, step)):
                 continue  # these very weights were evaluated already: all processes go by what one sees
-            workspace.push(client, workspace.params(name), version)
+            run.push(client, run.params(name), version)
             so_far = AnswersSoFar(path.parent, name, {"step": step, "problems": list(config.data.test), **drawn})
             progress = {"total": len(prompts), "initial": len(so_far.known), "unit": "problem"}
             with so_far, tqdm(desc=f"evaluate {name}", **progress) as bar:
                 result = evaluate(
-                    GatheringSampler(client), prompts, workspace.decode, name=name, split="test", **drawn,
+                    GatheringSampler(client), prompts, run.decode, name=name, split="test", **drawn,
                     samples_shown=e.samples_shown, known=so_far.known, on_answer=partial(_keep, so_far, bar),
                 )  # fmt: skip
             write_json(path, {**result, "step": step})

@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 from ares_jax.commands import cli
 from ares_jax.lifecycle.startup import STARTUP
 from ares_jax.parallel.distributed import require_alone
+from ares_jax.run.run import Run, open_run
 from ares_jax.run.samplers import sampler_mesh
-from ares_jax.run.workspace import Workspace, open_workspace
 from ares_jax.sampling import Engine
 from ares_jax.service.chat import ChatFormat
 from ares_jax.service.process import die_with
@@ -36,16 +36,16 @@ def make_engine(config: ConfigDict, folder: Path) -> Engine:
     return _engine(_open(config, folder))
 
 
-def _open(config: ConfigDict, folder: Path) -> Workspace:
+def _open(config: ConfigDict, folder: Path) -> Run:
     require_alone("serve")
-    return open_workspace(config, folder, mesh=sampler_mesh(config))
+    return open_run(config, folder, mesh=sampler_mesh(config))
 
 
-def _engine(workspace: Workspace) -> Engine:
-    stages = workspace.trained_stages()
-    params = workspace.params(stages[-1]) if stages else workspace.initial_params()
+def _engine(run: Run) -> Engine:
+    stages = run.trained_stages()
+    params = run.params(stages[-1]) if stages else run.initial_params()
     STARTUP.mark("weights")
-    return workspace.engine(params)
+    return run.engine(params)
 
 
 def _tell_start() -> None:
@@ -58,11 +58,11 @@ def main(config: ConfigDict, workdir: Path) -> None:
         die_with(_PARENT.value)
     if _PROFILE_PORT.value:
         jax.profiler.start_server(_PROFILE_PORT.value)
-    workspace = functools.cache(lambda: _open(config, workdir))  # once the address is known to be free
+    run = functools.cache(lambda: _open(config, workdir))  # once the address is known to be free
     run_server(
-        lambda: _engine(workspace()), host=config.sampler.host, port=config.sampler.port,
+        lambda: _engine(run()), host=config.sampler.host, port=config.sampler.port,
         model_name=workdir.absolute().name, ready_file=Path(_READY_FILE.value) if _READY_FILE.value else None,
-        make_chat_format=lambda: ChatFormat(workspace().encoder, max_prompt_tokens=config.sampler.max_prompt_tokens),
+        make_chat_format=lambda: ChatFormat(run().encoder, max_prompt_tokens=config.sampler.max_prompt_tokens),
         image_hosts=tuple(config.sampler.image_hosts),
         weight_roots=[workdir / "checkpoints", *map(epath.Path, config.sampler.weight_roots)],
         transfers=config.sampler.transfers, drain_seconds=config.sampler.drain_seconds, on_ready=_tell_start,

@@ -11,7 +11,7 @@ from ares_jax.lifecycle.startup import STARTUP
 from ares_jax.metrics import goodput_sentence, read_jsonl, stage
 from ares_jax.parallel.distributed import is_first
 from ares_jax.parallel.micro_batch import check_rows
-from ares_jax.run.workspace import open_workspace
+from ares_jax.run.run import open_run
 
 TOPICS = {
     "The run (every field: ares_jax/config.py)": ("config", "workdir"),
@@ -22,11 +22,11 @@ TOPICS = {
 
 def main(config: ConfigDict, workdir: Path) -> None:
     check_rows(config, jax.device_count(), jax.process_count())
-    workspace = open_workspace(config, workdir)
-    trainer = Trainer(workspace)  # before the sampler: what is missing or damaged is said at once
+    run = open_run(config, workdir)
+    trainer = Trainer(run)  # before the sampler: what is missing or damaged is said at once
     STARTUP.mark("weights")
-    with stage(workdir, "AEPO") as record, workspace.sampler() as client:
-        record["tokens"] = trainer.run(client)
+    with stage(workdir, "AEPO") as record, run.sampler() as client:
+        record["tokens"] = trainer.train(client)
     print(f"AEPO: weights in {workdir / 'checkpoints' / 'aepo'}")
     if is_first():
         print(goodput_sentence(read_jsonl(trainer.training.folder / "metrics.jsonl")))

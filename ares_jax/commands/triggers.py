@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from ares_jax.commands import cli
 from ares_jax.errors import UserError
 from ares_jax.metrics import read_jsonl, write_atomic, write_json
-from ares_jax.run.workspace import open_workspace
+from ares_jax.run.run import open_run
 from ares_jax.sampling.gathering import GatheringSampler
 from ares_jax.sampling.requests import derive_seed, rollout_request
 from ares_jax.sampling.trigger_words import WORDS, normalized
@@ -114,8 +114,8 @@ def own_means(leaf: dict) -> Float[np.ndarray, "N"]:
 
 
 def _drawn(config: ConfigDict, workdir: Path) -> list[tuple[list[str], np.ndarray]]:
-    workspace, s = open_workspace(config, workdir), config.sampler
-    prompts = workspace.prompts("train", limit=_PROBLEMS.value)
+    run, s = open_run(config, workdir), config.sampler
+    prompts = run.prompts("train", limit=_PROBLEMS.value)
     requests = [
         rollout_request(
             prompt, seed=derive_seed(config.seed, "triggers", prompt.problem_id), group_size=config.aepo.group_size,
@@ -123,13 +123,13 @@ def _drawn(config: ConfigDict, workdir: Path) -> list[tuple[list[str], np.ndarra
         )
         for prompt in prompts
     ]  # fmt: skip
-    stage = (workspace.trained_stages() or ["base"])[-1]
-    with workspace.sampler() as client:
-        workspace.push(client, workspace.params(stage), 0)
+    stage = (run.trained_stages() or ["base"])[-1]
+    with run.sampler() as client:
+        run.push(client, run.params(stage), 0)
         groups = GatheringSampler(client).rollouts(requests)
     text: dict[int, str] = {}  # of each token id
     for leaf in (leaf for group in groups for leaf in group.leaves):
-        text.update({i: workspace.tokenizer.decode([i]) for i in set(leaf.token_ids.tolist()) - set(text)})
+        text.update({i: run.tokenizer.decode([i]) for i in set(leaf.token_ids.tolist()) - set(text)})
     return [([text[i] for i in leaf.token_ids.tolist()], leaf.window_means) for g in groups for leaf in g.leaves]
 
 

@@ -43,7 +43,7 @@ class Asker:
         Raises:
           UserError: prompt and answer are longer than the model's positions.
         """
-        s, longest = self._sampling, self._opened.workspace.model.config.text.max_position_embeddings
+        s, longest = self._sampling, self._opened.run.model.config.text.max_position_embeddings
         if (size := len(prompt.token_ids) + s.max_tokens) > longest:
             raise UserError(f"{size} tokens of prompt and answer, the model has {longest} positions; lower --max_tokens")
         engine = self._engine_for(prompt)
@@ -72,8 +72,8 @@ class Asker:
         return self._engine
 
     def _new_engine(self, tokens: int, patches: int) -> Engine:
-        workspace, s, page = self._opened.workspace, self._sampling, 16
-        context, configured = tokens + s.max_tokens, workspace.config.sampler
+        run, s, page = self._opened.run, self._sampling, 16
+        context, configured = tokens + s.max_tokens, run.config.sampler
         options = EngineOptions(
             max_slots=s.answers, page_size=page, num_pages=1 + tokens // page + s.answers * -(-context // page),
             max_prompt_tokens=tokens, max_prompt_patches=patches, max_context_tokens=context, prefill_batch=1,
@@ -82,10 +82,10 @@ class Asker:
             prefill_chunk=-(-configured.prefill_chunk // page) * page,  # in pages of another size than these
         )  # fmt: skip
         if self._model is None:
-            self._model = with_params(workspace.model, self._opened.load())
+            self._model = with_params(run.model, self._opened.load())
         return Engine(
-            self._model, options, eos_token_ids=[workspace.tokenizer.eos_token_id], banned=workspace.banned,
-            trigger_mask=workspace.trigger,
+            self._model, options, eos_token_ids=[run.tokenizer.eos_token_id], banned=run.banned,
+            trigger_mask=run.trigger,
         )  # fmt: skip
 
 

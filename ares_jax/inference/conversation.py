@@ -70,7 +70,7 @@ class Conversation:
         }  # fmt: skip
         given = {name: value for name, value in overrides.items() if value is not None}
         self._opened = open_model(Path(options.model_path), given, dtype=options.dtype)
-        config = self._opened.workspace.config
+        config = self._opened.run.config
         s, self._window = config.sampler, config.aepo.window
         self._sampling = Sampling(
             options.max_tokens or s.max_response_tokens,
@@ -88,7 +88,7 @@ class Conversation:
     def ask(self, question: str) -> None:
         """Writes the answers to a question as they are drawn. Raises `UserError` or `DataError` if it cannot be asked."""
         prompt, start = self._prompt(question), time.time()
-        trigger = self._opened.workspace.trigger
+        trigger = self._opened.run.trigger
         if self._colour and not self._explained:
             self._write(legend() + "\n")
             self._explained = True
@@ -99,7 +99,7 @@ class Conversation:
         for leaves in self._asker.ask(prompt, derive_seed(self._options.seed, question)):
             for index, leaf in enumerate(leaves):
                 if index == len(texts):
-                    texts.append(TokenTexts(self._opened.workspace.tokenizer))
+                    texts.append(TokenTexts(self._opened.run.tokenizer))
                     printers.append(
                         Printer(self._write, trigger, colour=self._colour, tau_high=self._tau, window=self._window)
                     )
@@ -125,7 +125,7 @@ class Conversation:
         rates = (self._options.video_fps,) * len(self._videos)
         problem = Problem("question", "shell", "medium", text, self._images, "", (), self._videos, rates)
         try:
-            return self._opened.workspace.encoder(problem)
+            return self._opened.run.encoder(problem)
         except OverlongError as error:
             raise UserError(f"{error}; shorten it, show less, lower --max_pixels or raise --max_prompt_tokens") from None
 
@@ -138,13 +138,13 @@ class Conversation:
 
     def _windows(self, leaf: Answer) -> tuple[Windows, str]:
         """Returns the windows of a complete answer, and where their threshold comes from."""
-        a, tau, measured = self._opened.workspace.config.aepo, self._tau, "--tau_high"
+        a, tau, measured = self._opened.run.config.aepo, self._tau, "--tau_high"
         if self._options.tau_high is None:
             measured = "as in the run"
         if np.isnan(tau):
             measured = f"the answer's own {a.tau_quantile:.0%} quantile"
             tau = batch_threshold([leaf.entropies], definition="trajectory", quantile=a.tau_quantile, window=self._window)
-        return find_windows(leaf, self._opened.workspace.trigger, tau=tau, window=self._window), measured
+        return find_windows(leaf, self._opened.run.trigger, tau=tau, window=self._window), measured
 
     def _add_to_page(self, path: Path, question: str, leaves: Sequence[Answer], texts: Sequence[TokenTexts]) -> None:
         from ares_jax.reporting.answers import answers_page  # matplotlib takes a second

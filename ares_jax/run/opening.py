@@ -19,7 +19,7 @@ from ares_jax.metrics import read_jsonl
 from ares_jax.parallel.distributed import require_alone
 from ares_jax.parallel.sharding import make_mesh
 from ares_jax.params import Params
-from ares_jax.run.workspace import Workspace, open_workspace
+from ares_jax.run.run import Run, open_run
 from data_pipeline.tokenizer import load_processors
 
 # One prompt's image attends to itself as a whole: memory grows with the square of its patches.
@@ -30,7 +30,7 @@ _LARGEST_PROMPT = {"sampler.max_prompt_tokens": 8192, "sampler.max_prompt_patche
 class Opened:
     """A model that can be asked. Nothing is written to its folder."""
 
-    workspace: Workspace
+    run: Run
     load: Callable[[], Params]  # the weights: last, as they take longest
     name: str  # such as "runs/digits (aepo)"
     tau_high: float  # nats: the run's threshold; NaN where there is none
@@ -68,15 +68,15 @@ def _open_run(path: Path, found: dict[str, Any], overrides: Mapping[str, Any], d
     config.update_from_flattened_dict(dict(overrides))
     if dtype:
         config.model.update(dtype=dtype, param_dtype=dtype)
-    workspace = _opened(config, path)
-    stages = workspace.trained_stages()
+    run = _opened(config, path)
+    stages = run.trained_stages()
     if not stages:
         raise UserError(f"--model_path={path}: no checkpoint yet; run `python -m ares_jax.cold_start` first")
     # What AEPO measured holds for the model that it trained.
     measured = read_jsonl(path / "aepo" / "metrics.jsonl") if stages[-1] == "aepo" else []
     taus = [line["tau_high"] for line in measured if line.get("tau_high") is not None]
     tau_high = taus[-1] if taus else math.nan
-    return Opened(workspace, partial(workspace.params, stages[-1]), f"{path} ({stages[-1]})", tau_high)
+    return Opened(run, partial(run.params, stages[-1]), f"{path} ({stages[-1]})", tau_high)
 
 
 def published_config(path: Path) -> ConfigDict:
@@ -101,13 +101,13 @@ def _open_published(path: Path, overrides: Mapping[str, Any], dtype: str | None)
     # An accelerator computes in bfloat16; few CPUs gain by it.
     config.model.dtype = config.model.param_dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     config.update_from_flattened_dict(dict(overrides))
-    workspace = _opened(config, path)
-    return Opened(workspace, workspace.initial_params, str(path), math.nan)
+    run = _opened(config, path)
+    return Opened(run, run.initial_params, str(path), math.nan)
 
 
-def _opened(config, path: Path) -> Workspace:
+def _opened(config, path: Path) -> Run:
     if config.data.min_pixels > config.data.max_pixels:
         d = config.data
         raise UserError(f"--min_pixels={d.min_pixels} is above --max_pixels={d.max_pixels}; lower one or raise the other")
     require_alone("infer")
-    return open_workspace(config, path, mesh=make_mesh(devices=jax.devices()[:1]), read_only=True)
+    return open_run(config, path, mesh=make_mesh(devices=jax.devices()[:1]), read_only=True)

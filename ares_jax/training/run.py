@@ -11,7 +11,7 @@ from ares_jax.lifecycle.step_guard import StepGuard
 from ares_jax.metrics import MetricsWriter
 from ares_jax.parallel.distributed import to_host
 from ares_jax.params import Params, to_flat
-from ares_jax.run.workspace import Workspace
+from ares_jax.run.run import Run
 from ares_jax.training.update import Trainable, abstract_state, initial_state
 
 
@@ -20,7 +20,7 @@ class TrainingRun:
 
     def __init__(
         self,
-        workspace: Workspace,
+        run: Run,
         stage: str,
         optimizer: optax.GradientTransformation,
         trained: Trainable,
@@ -35,9 +35,9 @@ class TrainingRun:
 
         Raises `UserError` for a damaged checkpoint, or what `start` raises.
         """
-        place = workspace.placement
-        self.stage, self.folder = stage, workspace.folder / stage
-        self._checkpoints = workspace.checkpoints(stage)
+        place = run.placement
+        self.stage, self.folder = stage, run.folder / stage
+        self._checkpoints = run.checkpoints(stage)
         self.step = self._saved = self._checkpoints.latest() or 0  # steps of the loop that the state has behind it
         first = start() if reference or not self.step else {}
         copy = to_host if reference == "host" else jnp.copy
@@ -46,13 +46,13 @@ class TrainingRun:
         self.reference = own
         self.extra: Mapping[str, Any] = {}  # what `save` was given
         if self.step:
-            template = abstract_state(to_flat(workspace.model), optimizer, place, trained)
+            template = abstract_state(to_flat(run.model), optimizer, place, trained)
             params, rest, self.extra = self._checkpoints.restore(self.step, template.params, template._replace(params={}))
             self.state = rest._replace(params=params)
         else:
             self.state = initial_state(first, optimizer, place, trained)
         self.guard = StepGuard(
-            self.folder, watchdog=workspace.config.watchdog_seconds, state=self.extra.get("progress")
+            self.folder, watchdog=run.config.watchdog_seconds, state=self.extra.get("progress")
         )  # fmt: skip
         self.metrics = MetricsWriter(self.folder, self.step or -1)
 

@@ -23,8 +23,8 @@ from ares_jax.metrics import read_jsonl
 from ares_jax.models.lora import is_lora, merged
 from ares_jax.parallel.sharding import make_mesh
 from ares_jax.rewards.hard_split import write_hard_split
+from ares_jax.run.run import Run, open_run
 from ares_jax.run.samplers import colocated
-from ares_jax.run.workspace import Workspace, open_workspace
 from ares_jax.sampling.local import LocalSampler
 from ares_jax.sampling.rollout_tree import Trajectory, tree_of
 from ares_jax.training import initial_state, make_optimizer
@@ -82,7 +82,7 @@ def trainer(config, tmp_path):
         c.data.train = train or c.data.train
         c.aepo.update(changes)
         (tmp_path / name).mkdir(exist_ok=True)
-        workspace = open_workspace(c, tmp_path / name, mesh=make_mesh(devices=jax.devices()[:devices]))
+        workspace = open_run(c, tmp_path / name, mesh=make_mesh(devices=jax.devices()[:devices]))
         start = workspace.checkpoints("cold_start")
         if start.latest() is None:
             optimizer = make_optimizer(c.optimizer, learning_rate=0.0, steps=1)
@@ -98,8 +98,8 @@ def trainer(config, tmp_path):
 
 def run(trainer, **options):
     """Trains to the end; returns the client, which knows how old the policies were."""
-    client = InProcess(make_engine(trainer.config, trainer.workspace.folder), **options)
-    trainer.run(client)
+    client = InProcess(make_engine(trainer.config, trainer.run.folder), **options)
+    trainer.train(client)
     return client
 
 
@@ -147,7 +147,7 @@ def test_off_the_cpu_a_sampler_without_a_url_is_in_the_learners_process(config, 
     workspace = SimpleNamespace(config=c, own_engine=lambda: "engine", folder=tmp_path)
     assert not colocated(c)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    with Workspace.sampler(workspace) as client:
+    with Run.sampler(workspace) as client:
         assert isinstance(client, LocalSampler)
     c.sampler.tensor, c.aepo.staleness = 4, 1
     with pytest.raises(UserError, match="a colocated sampler over sampler.tensor=4 devices can only draw"):
@@ -265,7 +265,7 @@ def test_overlapped_rollouts_are_one_update_old_and_the_best_validated_step_is_k
     validate, accuracies = one.validate, {0: 0.9, 2: 0.5, 4: 0.25}
     one.validate = lambda: validate() | {"validation/accuracy": accuracies[one.training.step]}
     assert run(one).versions == [0, 0, 1, 2]
-    checkpoints = one.workspace.checkpoints("aepo")
+    checkpoints = one.run.checkpoints("aepo")
     assert checkpoints.steps() == [2, 4] and checkpoints.best() == 2
     lines = read_jsonl(one.training.folder / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4] and lines[-1]["tokens/total"] == one.tokens > 0
@@ -311,12 +311,12 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(trainer):
 def test_lora_alone_is_trained_from_the_cold_starts_and_the_sampler_gets_it_merged(trainer):
     one = trainer("run", lora=2, steps=3, kl={"reference": "host"}, minibatches=2, old_log_probs="recomputed")
     client = run(one)
-    start = one.workspace.params("cold_start")
+    start = one.run.params("cold_start")
     assert set(one.training.reference) == {name for name in start if is_lora(name)}
     for name, value in start.items():
         assert np.array_equal(value, one.training.state.params[name]) != is_lora(name), name
         np.testing.assert_array_equal(one.training.reference.get(name, value), value)
-    for name, value in merged(one.training.state.params, one.workspace.model.lora):
+    for name, value in merged(one.training.state.params, one.run.model.lora):
         np.testing.assert_array_equal(client.pushed[name], value)
     lines = read_jsonl(one.training.folder / "metrics.jsonl")[1:]
     assert [line["step"] for line in lines] == [1, 2, 3] and all(line["mismatch"] < 1e-5 for line in lines)

@@ -38,7 +38,7 @@ from ares_jax.errors import UserError
 from ares_jax.models.qwen2_5_vl import Qwen25VLConfig, TextConfig, VisionConfig
 from ares_jax.parallel.sharding import make_mesh
 from ares_jax.params import to_flat
-from ares_jax.run.workspace import Workspace, open_workspace
+from ares_jax.run.run import Run, open_run
 from configs import digits_cpu
 
 CONFIG = Qwen25VLConfig(TextConfig(40, 16, 24, 3, 4, 2, (1, 0, 1)), VisionConfig(8, 12, 2, 2, (1,)), 1, 2, 3, 4)
@@ -305,7 +305,7 @@ def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     config = digits_cpu.get_config()
     config.model.text.num_layers = 2
-    workspace = open_workspace(config, folder)
+    workspace = open_run(config, folder)
     params = {}
     for number, name in enumerate(("cold_start", "aepo")):
         manager = Checkpoints(folder / "checkpoints" / name)
@@ -388,7 +388,7 @@ def test_a_run_is_written_in_the_type_it_computes_in(workdir, tmp_path, capsys, 
     flipped = next((tmp_path / "export").glob("*.safetensors"))
     flipped.write_bytes(flipped.read_bytes()[:-1] + b"\x17")
     with flagsaver.flagsaver(**chosen), pytest.raises(UserError, match="tensor .* differs, first at"):
-        weights, _ = convert._stage_weights(open_workspace(other, folder, read_only=True), "aepo", "7")
+        weights, _ = convert._stage_weights(open_run(other, folder, read_only=True), "aepo", "7")
         verify(convert._as(written, weights), HFFolder(tmp_path / "export"))
 
 
@@ -483,7 +483,7 @@ def test_a_run_from_pretrained_weights_keeps_their_files(tmp_path, workdir, monk
         tuned.model.pretrained, tuned.model.param_dtype = str(tmp_path / pretrained), "bfloat16"
         tuned.cold_start.warmup_steps = 0
         (tmp_path / f"run_{pretrained}").mkdir()
-        monkeypatch.setattr(Workspace, "load", lambda *_: pytest.fail("the whole model in memory"))
+        monkeypatch.setattr(Run, "load", lambda *_: pytest.fail("the whole model in memory"))
         with flagsaver.flagsaver(stage="base", verify=True):
             convert.main(tuned, tmp_path / f"run_{pretrained}")
         export = tmp_path / f"run_{pretrained}" / "export"
@@ -495,7 +495,7 @@ def test_a_run_from_pretrained_weights_keeps_their_files(tmp_path, workdir, monk
 
 def test_training_checkpoints_are_chunked_by_layer_so_that_exporting_streams(workdir):
     folder, config, _ = workdir
-    weights = OrbaxParams(epath.Path(folder / "checkpoints/aepo/7/params"), open_workspace(config, folder).model.config)
+    weights = OrbaxParams(epath.Path(folder / "checkpoints/aepo/7/params"), open_run(config, folder).model.config)
     for name in ("text.layers.up_kernel", "visual.layers.qkv_kernel"):
         assert weights._stores[name].chunk_layout.read_chunk.shape[0] == 1 < weights._stores[name].shape[0]
 

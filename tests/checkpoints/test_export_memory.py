@@ -10,7 +10,7 @@ import numpy as np
 
 from ares_jax.checkpoints.manager import Checkpoints
 from ares_jax.params import to_flat
-from ares_jax.run.workspace import open_workspace
+from ares_jax.run.run import open_run
 from configs import digits_cpu
 
 EXPORT = """
@@ -35,7 +35,7 @@ def make_run(folder, hidden, layers, section) -> int:
     config = digits_cpu.get_config()
     config.model.text.update(num_layers=layers, hidden_size=hidden, intermediate_size=4 * hidden, mrope_section=section)
     folder.mkdir()
-    shapes = to_flat(open_workspace(config, folder).model)
+    shapes = to_flat(open_run(config, folder).model)
     some = np.random.default_rng(0).standard_normal(1_000_003, np.float32)  # too long for a compressor to see it again
     params = {name: np.resize(some, shape.shape) for name, shape in shapes.items()}
     manager = Checkpoints(folder / "checkpoints" / "aepo")

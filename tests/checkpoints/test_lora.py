@@ -14,7 +14,7 @@ from ares_jax.commands import convert
 from ares_jax.errors import UserError
 from ares_jax.models.lora import is_lora, merged
 from ares_jax.params import to_flat
-from ares_jax.run.workspace import open_workspace
+from ares_jax.run.run import open_run
 from configs import digits_cpu
 
 
@@ -26,7 +26,7 @@ def run(tmp_path_factory):
     config = digits_cpu.get_config()
     config.model.text.num_layers, config.lora.rank = 2, 3
     config.mesh.tensor = 2
-    workspace = open_workspace(config, folder)
+    workspace = open_run(config, folder)
     keys = iter(jax.random.split(jax.random.key(0), 100))
     params = {n: jax.random.normal(next(keys), v.shape, v.dtype) for n, v in to_flat(workspace.model).items()}
     manager = workspace.checkpoints("aepo")
@@ -39,7 +39,7 @@ def test_the_export_is_the_merged_model(run, tmp_path):
     folder, config, params = run
     with flagsaver.flagsaver(target=str(tmp_path / "export"), verify=True):
         convert.main(config, folder)
-    exported, workspace = to_flat(load_hf(tmp_path / "export")), open_workspace(config, folder)
+    exported, workspace = to_flat(load_hf(tmp_path / "export")), open_run(config, folder)
     expected = dict(merged(params, workspace.model.lora))
     taken = to_flat(workspace.load("aepo")), workspace.host_params(workspace.params("aepo"))
     for name, value in expected.items():
@@ -51,7 +51,7 @@ def test_the_export_is_the_merged_model(run, tmp_path):
 
 def test_it_streams_layer_by_layer_in_several_chunks(run):
     folder, config, _ = run
-    model = open_workspace(config, folder).model
+    model = open_run(config, folder).model
     weights = OrbaxParams(epath.Path(folder / "checkpoints/aepo/1/params"), model.config, lora=model.lora)
     for name in ("text.layers.up_kernel", "text.layers.up_lora_a"):
         assert weights._stores[name].chunk_layout.read_chunk.shape[0] == 1
@@ -67,7 +67,7 @@ def test_a_pretrained_checkpoint_gets_fresh_factors(run, tmp_path):
     tuned.model.pretrained, tuned.model.param_dtype = str(tmp_path / "export"), "bfloat16"
     tuned.cold_start.warmup_steps, tuned.lora.rank = 0, 5
     (tmp_path / "run").mkdir()
-    workspace = open_workspace(tuned, tmp_path / "run")
+    workspace = open_run(tuned, tmp_path / "run")
     params, theirs = workspace.params("base"), to_flat(load_hf(tmp_path / "export", dtype=jnp.bfloat16))
     assert set(params) == set(to_flat(workspace.model)) and sum(map(is_lora, params)) == 14
     for name, value in params.items():

@@ -15,7 +15,7 @@ from ares_jax.commands import convert
 from ares_jax.commands.cli import _parse
 from ares_jax.errors import UserError
 from ares_jax.params import to_flat
-from ares_jax.run.workspace import open_workspace
+from ares_jax.run.run import open_run
 from configs import digits_cpu
 from tests.checkpoints.bucket import mount
 from tests.checkpoints.test_convert import UP, bits, edit, make_hf, run
@@ -117,7 +117,7 @@ def test_a_run_is_exported_into_a_bucket(tmp_path, bucket):
     config = digits_cpu.get_config()
     config.model.text.num_layers, config.cold_start.warmup_steps = 1, 0
     (tmp_path / "run").mkdir()
-    workspace = open_workspace(config, tmp_path / "run")
+    workspace = open_run(config, tmp_path / "run")
     with flagsaver.flagsaver(stage="base", target="gs://b/export", verify=True):
         convert.main(config, tmp_path / "run")
     assert {"config.json", "tokenizer.json", "preprocessor_config.json"} <= set(files(tmp_path / "buckets/b/export"))
@@ -159,7 +159,7 @@ def test_what_cannot_be_in_a_bucket_says_so(tmp_path, bucket):
     config = digits_cpu.get_config()
     config.model.pretrained = "gs://b/x"
     with pytest.raises(UserError, match="model.pretrained=gs://b/x: a run reads it from a folder; copy it with"):
-        open_workspace(config, tmp_path)
+        open_run(config, tmp_path)
     arguments = ["train", f"--config={digits_cpu.__file__}", "--workdir=gs://b/r"]
     with flagsaver.flagsaver(), pytest.raises(UserError, match="--workdir=gs://b/r: a run needs a folder.*mount the bucket"):
         _parse(arguments, False, False)

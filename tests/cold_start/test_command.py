@@ -34,7 +34,7 @@ def test_what_cannot_run_is_refused_before_anything_is_written(tmp_path, change,
 
 
 def test_a_trace_longer_than_a_row_is_left_out_of_the_warm_up_and_counted(monkeypatch):
-    class Workspace:
+    class Run:
         config, encoder, streams = get_config(), digits.encoder(), []
 
         def problems(self, split):
@@ -47,7 +47,7 @@ def test_a_trace_longer_than_a_row_is_left_out_of_the_warm_up_and_counted(monkey
     def take(workspace, stage, start, batches, **options):
         return [next(batches) for _ in range(40)]
 
-    workspace = Workspace()
+    workspace = Run()
     monkeypatch.setattr(command, "fine_tune", take)
     every = [len(s.token_ids) for s in command._warm_up(workspace)]
     workspace.config.packing.row_tokens, workspace.streams = int(np.median(every)), []

@@ -13,7 +13,7 @@ from ares_jax.errors import Preempted
 from ares_jax.metrics import read_jsonl
 from ares_jax.parallel.sharding import make_mesh
 from ares_jax.params import to_flat
-from ares_jax.run.workspace import open_workspace
+from ares_jax.run.run import open_run
 from ares_jax.training import abstract_state, make_optimizer, trainable
 from configs.digits_cpu import get_config
 from data_pipeline.errors import DataError
@@ -78,7 +78,7 @@ def test_an_example_carries_its_brackets_weight_on_the_response_alone():
 
 
 def test_a_trace_that_draws_an_image_is_named_before_anything_runs(tmp_path):
-    workspace = open_workspace(get_config(), tmp_path, mesh=make_mesh(devices=jax.devices()[:1]))
+    workspace = open_run(get_config(), tmp_path, mesh=make_mesh(devices=jax.devices()[:1]))
     prompt = workspace.encoder(workspace.problems("train")[0])
     drawn = max(workspace.encoder.placeholder_ids)
     good, bad = (example(prompt, np.array(tokens, np.int32)) for tokens in ([5, 6], [5, drawn]))
@@ -106,7 +106,7 @@ def fine_tuned(folder, *, told_at=0, steps=4):
     config = get_config()
     config.update_from_flattened_dict(tiny.TINY_RUN | {"cold_start.warmup_fraction": 0.5, "cold_start.save_every": 3})
     folder.mkdir(exist_ok=True)
-    workspace = open_workspace(config, folder, mesh=make_mesh(devices=jax.devices()[:1]))
+    workspace = open_run(config, folder, mesh=make_mesh(devices=jax.devices()[:1]))
     encoder = workspace.encoder
 
     def teach(problem):

@@ -7,7 +7,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ares_jax.run.workspace import open_workspace
+from ares_jax.run.run import open_run
 from configs.digits_cpu import get_config
 from data_pipeline import tokenizer
 from tests import digits
@@ -49,7 +49,7 @@ def test_of_a_published_tokenizer_no_image_padding_or_id_beyond_it_is_drawn(tmp_
     config = get_config()
     config.model.pretrained = str(tmp_path / "qwen")
     (tmp_path / "run").mkdir()
-    workspace = open_workspace(config, tmp_path / "run")
+    workspace = open_run(config, tmp_path / "run")
     drawn = np.flatnonzero(~workspace.banned).tolist()
     # Words, the end of a turn, and what is text to Qwen: tool calls, files. Ids 322 to 383 belong to no token.
     assert drawn == [*range(300), 302, *range(314, 322)]
@@ -61,7 +61,7 @@ def test_of_a_published_tokenizer_no_image_padding_or_id_beyond_it_is_drawn(tmp_
 
 
 def test_of_the_digits_tokenizer_every_special_token_but_the_end_is_banned(tmp_path):
-    workspace = open_workspace(get_config(), tmp_path)
+    workspace = open_run(get_config(), tmp_path)
     names = workspace.tokenizer.convert_ids_to_tokens(np.flatnonzero(workspace.banned[: len(workspace.tokenizer)]).tolist())
     assert sorted(names) == sorted(set(SPECIAL) - {"<|im_end|>"})
     assert workspace.banned[len(workspace.tokenizer) :].all()

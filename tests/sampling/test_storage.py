@@ -6,7 +6,7 @@ import numpy as np
 
 from ares_jax.parallel.sharding import make_mesh
 from ares_jax.run import workspace as module
-from ares_jax.run.workspace import open_workspace
+from ares_jax.run.run import open_run
 from ares_jax.sampling.local import LocalSampler
 from configs import digits_cpu
 from tests.sampling.test_engine import request
@@ -16,7 +16,7 @@ def test_a_sampler_that_multiplies_in_bfloat16_stores_bfloat16_and_draws_the_sam
     config = digits_cpu.get_config()
     config.model.update(dtype="bfloat16", param_dtype="float32")
     config.sampler.update(slots=8, pages=200, decode_steps=4)
-    workspace = open_workspace(config, tmp_path, mesh=make_mesh(devices=jax.devices()[:1]))
+    workspace = open_run(config, tmp_path, mesh=make_mesh(devices=jax.devices()[:1]))
     params = workspace.initial_params()
     assert {value.dtype for value in params.values()} == {jnp.dtype("float32")}
     narrow = workspace.engine(params)

@@ -14,7 +14,7 @@ from ares_jax.models.lora import Lora, is_lora
 from ares_jax.models.qwen2_5_vl.model import abstract_model, new_lora
 from ares_jax.parallel.sharding import make_mesh, place_model
 from ares_jax.params import to_flat
-from ares_jax.run.workspace import open_workspace
+from ares_jax.run.run import open_run
 from ares_jax.training import Update, initial_state, trainable
 from ares_jax.training.log_probs import token_statistics
 from configs.digits_cpu import get_config
@@ -84,7 +84,7 @@ def test_fine_tuning_trains_lora_or_the_model_and_is_guided_by_where_it_began(tm
         config.packing.update(rows=4)
         config.cold_start.update(save_every=1)
         config.lora.rank = 2
-    workspace = open_workspace(config, tmp_path, mesh=make_mesh(devices=jax.devices()[:1]))
+    workspace = open_run(config, tmp_path, mesh=make_mesh(devices=jax.devices()[:1]))
     for steps in stops:
         fine_tune(
             workspace, "cold_start", workspace.initial_params, Batches(), steps=steps, learning_rate=1e-2, lora=lora,

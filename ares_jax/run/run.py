@@ -49,7 +49,7 @@ STAGES = ("base", "cold_start", "aepo")  # in the order in which they come
 
 
 @dataclass(frozen=True)
-class Workspace:
+class Run:
     """A run's folder, opened. `model` is abstract (shapes in place of weights), with LoRA if that is on."""
 
     config: ConfigDict
@@ -222,9 +222,9 @@ class Workspace:
         )
 
 
-def open_workspace(
+def open_run(
     config: ConfigDict, folder: Path, *, mesh: jax.sharding.Mesh | None = None, read_only: bool = False
-) -> Workspace:
+) -> Run:
     """Makes or opens the run in `folder`: its tokenizer and `config.json` are written if they are not there.
 
     Of several processes the first writes; all must see the same folder.
@@ -249,7 +249,7 @@ def open_workspace(
             trained = tokenizer.train_tokenizer(digits.corpus(), d.vocab_size)
             pixels = tokenizer.make_image_processor(d.min_pixels, d.max_pixels)
             tokenizer.save_processors(folder / "tokenizer", trained, pixels)
-    barrier("workspace")
+    barrier("run")
     if not (folder / "config.json").is_file():
         raise UserError(f"--workdir={folder}: not the folder that process 0 writes to; name storage that all hosts share")
     if m.pretrained:
@@ -275,7 +275,7 @@ def open_workspace(
     )  # fmt: skip
     placement = place_model(model, mesh or make_mesh(**config.mesh))
     STARTUP.mark("tokenizer")
-    return Workspace(config, folder, encoder, model, placement, banned, trigger)
+    return Run(config, folder, encoder, model, placement, banned, trigger)
 
 
 def _format_prompt(file: str) -> str:
