@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 from matplotlib.figure import Figure  # noqa: E402
 
-from ares_jax.reporting.load import LEVELS, Run, series  # noqa: E402
+from ares_jax.reporting.load import LEVELS, RunRecords, series  # noqa: E402
 
 COLORS = {"easy": "#2a9d8f", "medium": "#e09f3e", "hard": "#c1443c"}
 _DARK, _ACCENT = "#264653", "#7b4fa3"  # apart from the levels'
@@ -21,7 +21,7 @@ _STYLE: Any = {
 
 
 @matplotlib.rc_context(_STYLE)
-def training_curves(run: Run) -> Figure | None:
+def training_curves(run: RunRecords) -> Figure | None:
     """Accuracy and length per difficulty on the validation split over training; step 0 is the cold start."""
     panels = [
         ("validation/accuracy", "accuracy (validation, step 0: cold start)"),
@@ -31,20 +31,20 @@ def training_curves(run: Run) -> Figure | None:
 
 
 @matplotlib.rc_context(_STYLE)
-def rollout_curves(run: Run) -> Figure | None:
+def rollout_curves(run: RunRecords) -> Figure | None:
     """The same in the rollouts, where the buckets follow the measured difficulty."""
     panels = [("length", "response tokens (rollouts)"), ("windows", "validated windows a leaf"), ("groups", "groups drawn")]
     return _per_level(run, panels)
 
 
 @matplotlib.rc_context(_STYLE)
-def kl_curves(run: Run) -> Figure | None:
+def kl_curves(run: RunRecords) -> Figure | None:
     """KL to the cold start and its weight, per difficulty bucket."""
     return _per_level(run, [("kl", "KL to the cold start (nats a token)"), ("kl_weight", "KL weight")])
 
 
 @matplotlib.rc_context(_STYLE)
-def reward_curves(run: Run) -> Figure | None:
+def reward_curves(run: RunRecords) -> Figure | None:
     """Reward parts, entropies and branches over training."""
     groups = [
         ("reward", {"reward/mean": "overall", "reward/accuracy": "accuracy", "reward/shaping": "shaping"}),
@@ -55,13 +55,13 @@ def reward_curves(run: Run) -> Figure | None:
 
 
 @matplotlib.rc_context(_STYLE)
-def reward_parts(run: Run) -> Figure | None:
+def reward_parts(run: RunRecords) -> Figure | None:
     """What the leaves of each difficulty earned, and how much of it is shaping."""
     return _per_level(run, [("reward", "reward"), ("accuracy", "of it: accuracy"), ("shaping", "of it: shaping")])
 
 
 @matplotlib.rc_context(_STYLE)
-def policy_curves(run: Run) -> Figure | None:
+def policy_curves(run: RunRecords) -> Figure | None:
     """How far the policy that learns is from the one that drew the tokens."""
     groups = [
         ("staleness (updates since a token was drawn)", {"staleness/mean": "mean", "staleness/max": "largest"}),
@@ -72,7 +72,7 @@ def policy_curves(run: Run) -> Figure | None:
 
 
 @matplotlib.rc_context(_STYLE)
-def time_curves(run: Run) -> Figure | None:
+def time_curves(run: RunRecords) -> Figure | None:
     """Seconds of each phase, how much of the sampling ran beside the learning, and tokens a second."""
     phases = ("sample", "wait", "data", "learn", "push", "validate", "save", "step")
     speeds = {"sample": "sampled", "learn": "learned", "step": "sampled, of all time"}
@@ -85,7 +85,7 @@ def time_curves(run: Run) -> Figure | None:
 
 
 @matplotlib.rc_context(_STYLE)
-def curation_plot(run: Run) -> Figure | None:
+def curation_plot(run: RunRecords) -> Figure | None:
     """Trace length by pass rate before and after curation, and how evenly problems were selected."""
     if not run.curation:
         return None
@@ -136,7 +136,7 @@ def entropy_along(record: dict, leaf_index: int) -> Figure:
     return figure
 
 
-def _per_level(run: Run, panels: list[tuple[str, str]]) -> Figure | None:
+def _per_level(run: RunRecords, panels: list[tuple[str, str]]) -> Figure | None:
     if not any(series(run.metrics, f"{name}/{level}")[0] for name, _ in panels for level in LEVELS):
         return None
     figure, axes = _figure(len(panels))
@@ -149,7 +149,7 @@ def _per_level(run: Run, panels: list[tuple[str, str]]) -> Figure | None:
     return figure
 
 
-def _named(run: Run, groups: list[tuple[str, dict[str, str]]]) -> Figure:
+def _named(run: RunRecords, groups: list[tuple[str, dict[str, str]]]) -> Figure:
     """One panel for each (title, {metric: label}); what was not measured is left out."""
     figure, axes = _figure(len(groups))
     for axis, (title, names) in zip(axes, groups, strict=True):

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from ares_jax.metrics import goodput_sentence, write_atomic
 from ares_jax.reporting import charts
-from ares_jax.reporting.load import LEVELS, STAGES, Run, load_run
+from ares_jax.reporting.load import LEVELS, STAGES, RunRecords, load_run
 from ares_jax.reporting.table import branching_sentence, headline_rows, overlap_sentence, problems_note
 from ares_jax.reporting.tree_view import most_branched_leaf, most_instructive, tree_html, trees_to_show
 
@@ -117,7 +117,7 @@ def figure_html(name: str, figure: Figure) -> tuple[str, bytes]:
     return f'<div class="scroll">{image}</div>', buffer.getvalue()
 
 
-def _headline(run: Run) -> str:
+def _headline(run: RunRecords) -> str:
     rows = headline_rows(run)
     if not rows:
         return _MISSING
@@ -127,7 +127,7 @@ def _headline(run: Run) -> str:
     )
 
 
-def _trees(run: Run) -> str:
+def _trees(run: RunRecords) -> str:
     records = trees_to_show(run)
     if not records:
         return ""
@@ -149,14 +149,14 @@ def _tree(record: dict, *, opened: bool) -> str:
     )
 
 
-def _curation(run: Run) -> str:
+def _curation(run: RunRecords) -> str:
     if not run.curation:
         return ""
     before, after = run.curation["correlation_before"], run.curation["correlation_after"]
     return f"<p>Correlation of trace length with difficulty: {before:.2f} before curation, {after:.2f} after.</p>"
 
 
-def _samples(run: Run) -> str:
+def _samples(run: RunRecords) -> str:
     if not run.evaluations:
         return _MISSING
     by_stage = {name: {s["problem_id"]: s for s in e["samples"]} for name, e in run.evaluations.items()}
@@ -176,7 +176,7 @@ def _samples(run: Run) -> str:
     return f'<div class="cards">{"".join(cards)}</div>'
 
 
-def _stages(run: Run) -> str:
+def _stages(run: RunRecords) -> str:
     rows = [
         [escape(s["name"]), f"{s['seconds']:.0f} s", f"{s['tokens']:,}", f"{s['tokens'] / max(s['seconds'], 1e-9):,.0f}"]
         for s in run.stages
@@ -184,11 +184,11 @@ def _stages(run: Run) -> str:
     return _table(["stage", "time", "tokens", "tokens/s"], rows) if rows else _MISSING
 
 
-def _times(run: Run) -> str:
+def _times(run: RunRecords) -> str:
     return f"<p>{overlap_sentence(run)}</p><p>{goodput_sentence(run.metrics)}</p>"
 
 
-def _environments(run: Run) -> str:
+def _environments(run: RunRecords) -> str:
     facts = {name: None for environment in run.environments.values() for name in environment}  # in order, once
     rows = [[name, *(escape(e.get(name, "")) for e in run.environments.values())] for name in facts]
     return _table(["", *map(escape, run.environments)], rows) if rows else _MISSING

@@ -12,7 +12,7 @@ LEVELS = ("easy", "medium", "hard")
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecords:
     """All files of a run's folder."""
 
     folder: Path
@@ -25,9 +25,9 @@ class Run:
     environments: dict[str, dict[str, str]]  # by command
 
 
-def load_run(folder: Path) -> Run:
+def load_run(folder: Path) -> RunRecords:
     """Returns the run in `folder`."""
-    return Run(
+    return RunRecords(
         folder,
         _json(folder / "config.json", {}),
         _json(folder / "stages.json", []),

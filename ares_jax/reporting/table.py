@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from ares_jax.reporting.load import LEVELS, STAGES, Run, branching_totals, load_run, series
+from ares_jax.reporting.load import LEVELS, STAGES, RunRecords, branching_totals, load_run, series
 
 
-def headline_rows(run: Run) -> list[tuple[str, list[str]]]:
+def headline_rows(run: RunRecords) -> list[tuple[str, list[str]]]:
     """Returns (stage, cells): per level accuracy with its 95 % interval, and mean response tokens."""
     rows = []
     for name, label in STAGES.items():
@@ -15,20 +15,20 @@ def headline_rows(run: Run) -> list[tuple[str, list[str]]]:
     return rows
 
 
-def branching_sentence(run: Run) -> str:
+def branching_sentence(run: RunRecords) -> str:
     """Returns how many leaves were branches and how many tokens were shared instead of computed again."""
     t = branching_totals(run.metrics)
     if not t["leaves"]:
         return "No rollouts yet."
     total = t["shared"] + t["computed"]
     return (
-        f"{t['branches']:,.0f} of {t['leaves']:,.0f} leaves are branches ({t['branches'] / t['leaves']:.0%}), each at the "
-        f"start of a validated high-entropy window; {t['shared']:,.0f} of {total:,.0f} tokens ({t['shared'] / total:.0%}), "
+        f"{t['branches']:,.0f} of {t['leaves']:,.0f} leaves are branches ({t['branches'] / t['leaves']:.0%}), each at a "
+        f"validated high-entropy window; {t['shared']:,.0f} of {total:,.0f} tokens ({t['shared'] / total:.0%}), "
         "prompts included, were shared instead of computed again."
     )
 
 
-def overlap_sentence(run: Run) -> str:
+def overlap_sentence(run: RunRecords) -> str:
     """Returns how much of the sampling ran while the learner learned, and where an iteration's time went."""
     seconds = {name: sum(series(run.metrics, f"time/{name}")[1]) for name in ("sample", "wait", "learn", "push", "step")}
     if not seconds["step"] or not seconds["sample"]:
@@ -41,7 +41,7 @@ def overlap_sentence(run: Run) -> str:
     )
 
 
-def problems_note(run: Run) -> str:
+def problems_note(run: RunRecords) -> str:
     """Returns what the table was measured on."""
     measured: dict[str, list[str]] = {}  # stages by what they were measured on: one entry, unless the config changed
     for stage, evaluation in run.evaluations.items():

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
-from ares_jax.reporting.load import Run
+from ares_jax.reporting.load import RunRecords
 
 _MOST_IN_A_LINE = 160  # tokens up to which a leaf is one line, so that a branch can stand under its place
 _MOST_TOKENS = 2000  # of a leaf that are drawn: a page with all of 16,384 x 8 would not open
@@ -11,12 +11,12 @@ _KEPT_PREFIX = 12  # tokens of a long shared prefix that are repeated
 _MOST_TREES = 8
 
 
-def most_instructive(run: Run) -> dict | None:
+def most_instructive(run: RunRecords) -> dict | None:
     """Returns the logged tree with most branches, mixed outcomes first, the latest of equals."""
     return max(run.rollouts, key=_rank, default=None)
 
 
-def trees_to_show(run: Run) -> list[dict]:
+def trees_to_show(run: RunRecords) -> list[dict]:
     """Returns the most instructive tree of all, then that of each of the latest steps, the latest first."""
     best: dict[int, dict] = {}
     for record in sorted(run.rollouts, key=_rank):
