@@ -16,7 +16,6 @@ import pytest
 from ares_jax.aepo.batch import learner_segments
 from ares_jax.aepo.state import initial_state
 from ares_jax.cold_start.sft import example
-from ares_jax.commands.plan import candidates, colocated, kernel_flops, on_slice, overrides, row_flops, search, table
 from ares_jax.config import default_config
 from ares_jax.errors import UserError
 from ares_jax.models.flops import gradient_flops
@@ -28,7 +27,11 @@ from ares_jax.parallel.micro_batch import check_rows
 from ares_jax.parallel.sharding import batch_sharding, make_mesh
 from ares_jax.params import count_parameters, to_flat
 from ares_jax.planning import aot
+from ares_jax.planning.fit import colocated, table
 from ares_jax.planning.hlo import Work
+from ares_jax.planning.rooflines import kernel_flops, row_flops
+from ares_jax.planning.search import candidates, search
+from ares_jax.planning.slices import on_slice, overrides
 from ares_jax.sampling.requests import rollout_request
 from configs import qwen2_5_vl
 from data_pipeline.micro_batch import AEPO_FIELDS, SFT_FIELDS, TREE_FIELDS

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ares_jax.commands.plan import kernel_flops, row_flops, table
 from ares_jax.errors import UserError
 from ares_jax.models.flops import gradient_flops
 from ares_jax.models.qwen2_5_vl.config import PUBLISHED
@@ -16,6 +15,8 @@ from ares_jax.models.qwen2_5_vl.model import abstract_model
 from ares_jax.parallel.chips import BETWEEN_HOSTS, GPUS, chip_of
 from ares_jax.params import count_parameters, to_flat
 from ares_jax.planning import aot, gpu_targets
+from ares_jax.planning.fit import table
+from ares_jax.planning.rooflines import kernel_flops, row_flops
 from configs import qwen2_5_vl
 from kernels import sample_with_entropy, token_log_probs_and_entropy, window_means
 from tests.xla import slow
