@@ -96,7 +96,7 @@ def test_what_a_slow_sampler_holds_is_asked_of_an_idle_one_once(monkeypatch):
 
 
 def test_a_sampler_that_falls_silent_is_given_up(monkeypatch):
-    monkeypatch.setattr("ares_jax.service.client._SILENCE", 0.5)
+    monkeypatch.setattr("ares_jax.service.connection._SILENCE", 0.5)
     monkeypatch.setattr("ares_jax.service.server._HEARTBEAT", 0.1)
     with fake.serving(fake.FakeEngine(delay=1.2)) as url:  # slower than the silence, but it shows that it lives
         assert ids(RolloutClient([url, dying(60)]).rollouts(requests(8))) == list(range(8))
@@ -182,8 +182,8 @@ def test_a_run_that_resumes_may_be_behind_and_one_that_was_overtaken_is_told():
 
 
 def test_weights_that_wait_long_are_waited_for(monkeypatch):
-    monkeypatch.setattr("ares_jax.service.client._TAKEN", httpx.Timeout(10, read=0.2))
-    monkeypatch.setattr("ares_jax.service.client._LOOK", 0.05)
+    monkeypatch.setattr("ares_jax.service.connection._TAKEN", httpx.Timeout(10, read=0.2))
+    monkeypatch.setattr("ares_jax.service.connection._LOOK", 0.05)
     engine = fake.FakeEngine(delay=0.01, slots=0)
     engine.weights_wait = True  # for a group that does not end yet
     with fake.serving(engine) as url:
