@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ares_jax.parallel.sharding import make_mesh
-from ares_jax.run import workspace as module
+from ares_jax.run import run as module
 from ares_jax.run.run import open_run
 from ares_jax.sampling.local import LocalSampler
 from configs import digits_cpu
