@@ -117,7 +117,7 @@ def _write(config: ConfigDict, folder: Path, new: int) -> None:
 def _prompt(rng: np.random.Generator, tokens: int, vocabulary: int) -> Prompt:
     ids = rng.integers(200, vocabulary - 2000, tokens).astype(np.int32)
     places = np.broadcast_to(np.arange(tokens, dtype=np.int32), (3, tokens))
-    return Prompt("", "", "", "", "", (), ids, np.zeros((0, 1176), np.float32), np.zeros((0, 3), np.int32), places, 0)
+    return Prompt("", "", "", "", "", ids, np.zeros((0, 1176), np.float32), np.zeros((0, 3), np.int32), places, 0)
 
 
 def _leaves(config: ConfigDict) -> tuple[list[Segment], np.ndarray]:

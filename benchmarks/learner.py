@@ -35,7 +35,7 @@ from ares_jax.training.update import TrainState
 from benchmarks import large
 from benchmarks.learner_peer import torch_optimizer, torch_update
 from benchmarks.random_trees import leaf_segments, random_group
-from data_pipeline.packing import Segment, pack, padding_share
+from data_pipeline.packing import Segment, pack
 
 _LARGE = flags.DEFINE_bool("large", False, "a published shape in bfloat16, learner and sampler: benchmarks/large.py")
 _PROMPTS, _REPEATS = 32, 5
@@ -82,7 +82,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
             np.testing.assert_allclose(float(values[name]), float(results["trees"][1][name]), rtol=1e-4, err_msg=name)
     tokens = {"trees": sum(len(s.token_ids) for s in trees)}
     padding = {
-        name: f"{padding_share(pack(segments, **config.packing)):.1%}"
+        name: f"{pack(segments, **config.packing).padding:.1%}"
         for name, segments in (("trees", trees), ("leaf by leaf", leaves))
     }
     whole = sum(len(s.token_ids) for s in leaves)

@@ -35,7 +35,7 @@ def tree(rng: np.random.Generator) -> tuple[np.ndarray, int]:
         starts.append(start)
     layout = tree_layout(parents, starts, [len(response) for response in responses])
     empty = np.zeros((0, 1176), np.float32), np.zeros((0, 3), np.int32)
-    prompt = Prompt("", "", "", "", "", (), np.zeros(length, np.int32), *empty, np.zeros((3, length), np.int32), 0)
+    prompt = Prompt("", "", "", "", "", np.zeros(length, np.int32), *empty, np.zeros((3, length), np.int32), 0)
     return leaf_runs(tree_segment(prompt, np.zeros(len(layout.first_leaf), np.int32), *layout[2:], {})), 3 * length
 
 

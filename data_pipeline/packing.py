@@ -14,6 +14,7 @@ from jaxtyping import Float, Int, Shaped
 from data_pipeline import micro_batch
 from data_pipeline.errors import DataError
 from data_pipeline.micro_batch import FIELDS, MODEL_FIELDS, PATCH_VALUES, TREE_FIELDS, MicroBatch
+from data_pipeline.pixels import PixelPatches
 from data_pipeline.placeholders import grid_sizes, vision_spans
 from data_pipeline.prompts import Prompt
 from data_pipeline.row_plan import Part, plan_rows
@@ -28,7 +29,7 @@ class Segment:
 
     token_ids: Int[np.ndarray, "T"]
     positions: Int[np.ndarray, "3 T"]
-    patches: Float[np.ndarray, "P 1176"]
+    patches: PixelPatches | Float[np.ndarray, "P V"]
     grid_thw: Int[np.ndarray, "I 3"]
     token_fields: Mapping[str, Shaped[np.ndarray, "T"]] = field(default_factory=dict)  # those of `MicroBatch`, or others
     problem_id: str = "?"  # for errors
@@ -81,7 +82,7 @@ def pack(
     parts: int = 1,
     gather: Callable[[Any], list[Any]] = _alone,
     placeholder_ids: Collection[int] | None = None,
-) -> list[MicroBatch]:
+) -> "MicroBatches":
     """Returns micro-batches that hold every segment once: full ones, then at most one of each smaller shape of `shapes`.
 
     A micro-batch holds the model's fields of `MicroBatch`, for B = rows, T = row_tokens, P = row_patches, and the segments'
@@ -111,7 +112,38 @@ def pack(
     choices = shapes(rows, row_tokens, row_patches, halvings=halvings, parts=parts)
     chosen, plan = plan_batches(sizes, patches, choices, gather)
     filled = iter([[_run(segments[i], start, stop) for i, start, stop in row] for row in plan])
-    return [_fill(list(itertools.islice(filled, s.rows)), s, segments[0].token_fields) for s in chosen]
+    rows_of = [list(itertools.islice(filled, s.rows)) for s in chosen]
+    made = [_fill(rows, s, segments[0].token_fields) for rows, s in zip(rows_of, chosen, strict=True)]
+    shown = [[[segment.patches for segment in row] for row in rows] for rows in rows_of]
+    return MicroBatches(made, shown, [(s.rows, s.row_patches, segments[0].patches.shape[1]) for s in chosen])
+
+
+class MicroBatches(Sequence[MicroBatch]):
+    """Micro-batches whose patches are cut when one is asked for: the host holds the patches of one at a time."""
+
+    def __init__(self, made: Sequence[MicroBatch], patches: Sequence[Any], shapes: Sequence[tuple[int, int, int]]):
+        """`made`: without patches; `patches`: of each one's rows, those of their segments; `shapes`: of the patches."""
+        self._made, self._patches, self._shapes = made, patches, shapes
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return MicroBatches(self._made[index], self._patches[index], self._shapes[index])
+        patches = np.zeros(self._shapes[index], np.float32)
+        for row, segments in zip(patches, self._patches[index], strict=False):
+            begin = 0
+            for some in segments:
+                row[begin : begin + len(some)] = some
+                begin += len(some)
+        return cast(MicroBatch, {**self._made[index], "patches": patches})
+
+    @property
+    def padding(self) -> float:
+        """The share of their tokens that is nothing."""
+        used = sum((batch["segment_ids"] > 0).sum() for batch in self._made)
+        return float(1 - used / sum(batch["segment_ids"].size for batch in self._made))
 
 
 def check_placeholders(segment: Segment, placeholder_ids: Collection[int]) -> None:
@@ -155,11 +187,6 @@ def plan_batches(
         joint += 1
         plan = planned(joint)
     return micro_batch_shapes(joint, choices), plan or []
-
-
-def padding_share(batches: Sequence[MicroBatch]) -> float:
-    """Returns which share of the batches' tokens is nothing."""
-    return 1 - sum((b["segment_ids"] > 0).sum() for b in batches) / sum(b["segment_ids"].size for b in batches)
 
 
 def shapes(rows: int, row_tokens: int, row_patches: int, *, halvings: int, parts: int) -> list[Shape]:
@@ -217,6 +244,7 @@ def _run(segment: Segment, start: int, stop: int) -> Segment:
 def _fill(plan: list[list[Segment]], shape: Shape, fields: Mapping[str, np.ndarray]) -> MicroBatch:
     rows, row_tokens, row_patches = shape
     sizes = micro_batch.shapes(MODEL_FIELDS, rows=rows, row_tokens=row_tokens, row_patches=row_patches)
+    del sizes["patches"]
     batch: dict[str, np.ndarray] = {name: np.zeros(*size) for name, size in sizes.items()}
     for name, value in fields.items():
         if name in FIELDS and value.dtype != FIELDS[name].dtype:
@@ -236,7 +264,6 @@ def _fill(plan: list[list[Segment]], shape: Shape, fields: Mapping[str, np.ndarr
             token = span.stop
         layout = vision_layout(np.concatenate([s.grid_thw for s in members]))
         count = len(layout.window_ids)
-        batch["patches"][r, :count] = np.concatenate([s.patches for s in members])
         batch["patch_positions"][r, :count] = layout.position_hw
         batch["patch_window_ids"][r, :count] = layout.window_ids
         batch["patch_frame_ids"][r, :count] = layout.frame_ids

@@ -13,9 +13,10 @@ from jaxtyping import Float, Int, UInt8
 from data_pipeline.errors import DataError, OverlongError
 from data_pipeline.messages import message_parts, rendered
 from data_pipeline.mrope import mrope_positions
+from data_pipeline.pixels import PixelPatches, pixel_patches, value_table
 from data_pipeline.placeholders import problem_sizes
 from data_pipeline.problems import Problem
-from data_pipeline.videos import video_patches
+from data_pipeline.videos import RAW, video_pixels
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,18 @@ class Prompt:
     level: str
     question: str
     answer: str
-    images: tuple[UInt8[np.ndarray, "H W 3"], ...]
     token_ids: Int[np.ndarray, "T"]
-    patches: Float[np.ndarray, "P 1176"]
+    patches: PixelPatches | Float[np.ndarray, "P V"]
     grid_thw: Int[np.ndarray, "I 3"]  # in the order of the text: pairs of frames, rows and columns of patches
     positions: Int[np.ndarray, "3 T"]  # mRoPE: time, height, width
     rope_delta: int  # the token at index i >= T has position i + rope_delta
+
+    def picture(self) -> UInt8[np.ndarray, "H W 3"] | None:
+        """Returns the first image, as the model sees it: for people. None of a text, or where the pixels are elsewhere."""
+        if not isinstance(self.patches, PixelPatches) or not len(self.patches):
+            return None
+        _, rows, columns = self.grid_thw[0].tolist()
+        return self.patches.image(0, rows, columns)
 
 
 class PromptEncoder:
@@ -64,6 +71,8 @@ class PromptEncoder:
         self._format, self._max_tokens, self._max_patches = format_prompt.strip(), max_tokens, max_patches
         if self._format and "a question" not in rendered(self._format, "a question"):
             raise DataError(f"the format prompt {self._format[:60]!r} leaves the question out; it needs {{{{ content }}}}")
+        p = image_processor
+        self._patch, self._table = (3, p.temporal_patch_size, p.patch_size**2), value_table(p)
         self._image_pad, self._video_pad = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
 
     def __call__(self, problem: Problem) -> Prompt:
@@ -95,8 +104,8 @@ class PromptEncoder:
             tokens_per_second=self.tokens_per_second, problem_id=problem.problem_id,
         )  # fmt: skip
         return Prompt(
-            problem.problem_id, problem.source, problem.level, problem.question, problem.answer, problem.images,
-            token_ids, patches, grid_thw, positions, rope_delta,
+            problem.problem_id, problem.source, problem.level, problem.question, problem.answer, token_ids, patches,
+            grid_thw, positions, rope_delta,
         )  # fmt: skip
 
     @property
@@ -122,7 +131,8 @@ class PromptEncoder:
 
     def _pixels(self, problem: Problem, kinds: Sequence[str]):
         """Returns patches, grids and the seconds a grid covers of all images and videos, in the order of `kinds`."""
-        patches, grids, seconds = [np.zeros((0, 1176), np.float32)], [np.zeros((0, 3), np.int32)], []
+        patches: list[np.ndarray] = []
+        grids, seconds = [np.zeros((0, 3), np.int32)], []
         rates = problem.video_fps or (2.0,) * len(problem.videos)
         if len(rates) != len(problem.videos) or min(rates, default=1) <= 0:
             raise DataError(
@@ -133,14 +143,15 @@ class PromptEncoder:
             for kind in kinds:
                 if kind == "image":
                     features = self.image_processor(
-                        [next(images)], return_tensors="np", input_data_format="channels_last"
+                        [next(images)], return_tensors="np", input_data_format="channels_last", **RAW
                     )  # fmt: skip
-                    pixels, grid, duration = features["pixel_values"], features["image_grid_thw"], 0.0
+                    shown = features["pixel_values"].reshape(len(features["pixel_values"]), *self._patch)
+                    pixels, grid, duration = shown[:, :, :1].astype(np.uint8), features["image_grid_thw"], 0.0
                 else:
                     video, rate = next(videos)
-                    pixels, grid = video_patches(self.image_processor, video)
+                    pixels, grid = video_pixels(self.image_processor, video)
                     duration = self.image_processor.temporal_patch_size / rate
-                patches.append(pixels.astype(np.float32))
+                patches.append(pixels)
                 grids.append(grid.astype(np.int32))
                 seconds.append(duration)
                 size = sum(map(len, patches))
@@ -152,7 +163,9 @@ class PromptEncoder:
             raise
         except ValueError as error:  # a strip that no scaling brings between the limits
             raise DataError(f"problem {problem.problem_id}: {problem_sizes(problem)}: {error}; crop them") from None
-        return np.concatenate(patches), np.concatenate(grids), np.array(seconds, np.float32)
+        values = int(np.prod(self._patch))
+        cut = pixel_patches(patches, self._table, values)
+        return cut, np.concatenate(grids), np.array(seconds, np.float32)
 
     def _expand(self, token_ids, grid_thw, kinds: Sequence[str], problem: Problem):
         """Repeats each placeholder once for every feature of its image."""

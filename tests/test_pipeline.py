@@ -166,7 +166,7 @@ def test_the_export_is_the_model(workdir):
     )
     with torch.no_grad():
         expected = theirs(
-            input_ids=torch.tensor(prompt.token_ids[None]).long(), pixel_values=torch.tensor(prompt.patches),
+            input_ids=torch.tensor(prompt.token_ids[None]).long(), pixel_values=torch.tensor(np.asarray(prompt.patches)),
             image_grid_thw=torch.tensor(prompt.grid_thw).long(),
             mm_token_type_ids=torch.tensor(prompt.token_ids[None] == theirs.config.image_token_id).int(),
         ).logits[0]  # fmt: skip

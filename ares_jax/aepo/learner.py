@@ -98,8 +98,8 @@ class Learner:
             fixed["recomputed_log_prob"] = self.log_probs(state.params, batches) if old is None else old
         if reference is not None:
             fixed["reference_log_prob"] = self.log_probs(self._placement.put({**state.params, **reference}), batches)
-        micro_batches = [
+        micro_batches = (
             {**batch, **{name: values[number] for name, values in fixed.items()}} for number, batch in enumerate(batches)
-        ]
+        )
         state, metrics = self._update(state, micro_batches)
         return state, jax.device_get(metrics)

@@ -161,5 +161,5 @@ class RolloutProducer:
 
 
 def _without_pixels(tree: RolloutTree) -> RolloutTree:
-    prompt = dataclasses.replace(tree.problem, images=(), patches=tree.problem.patches[:0])
+    prompt = dataclasses.replace(tree.problem, patches=tree.problem.patches[:0])
     return dataclasses.replace(tree, prompt=prompt)

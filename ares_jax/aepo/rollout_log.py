@@ -39,6 +39,6 @@ def _record(tree: RolloutTree, tokenizer, step: int, tau_high: float) -> dict:
     problem = tree.problem
     return {
         "step": step, "problem_id": tree.problem_id, "level": problem.level, "question": problem.question,
-        "answer": problem.answer, "image": to_data_url(problem.images[0]) if problem.images else None,
+        "answer": problem.answer, "image": None if (picture := problem.picture()) is None else to_data_url(picture),
         "tau_high": tau_high, "leaves": leaves,
     }  # fmt: skip

@@ -14,8 +14,7 @@ from ares_jax.models.flops import update_flops
 from ares_jax.run.run import Run
 from ares_jax.sampling.rollout_tree import RolloutTree
 from ares_jax.training.run import TrainingRun
-from data_pipeline.micro_batch import MicroBatch
-from data_pipeline.packing import Segment, padding_share
+from data_pipeline.packing import MicroBatches, Segment
 
 
 class Updated(NamedTuple):
@@ -48,7 +47,7 @@ def update_policy(
         segments, batches = packed(run, part, state)
         frozen = run.config.optimizer.freeze_vision
         flops += update_flops(run.model.config, segments, fixed_passes=passes, freeze_vision=frozen)
-        padding.append(padding_share(batches))
+        padding.append(batches.padding)
         training.state, metrics = learner.update(training.state, batches, training.reference, before)
         losses.append(metrics.pop("loss"))
         norms.append(metrics.pop("grad_norm"))
@@ -59,7 +58,7 @@ def update_policy(
     return Updated(sums, float(np.mean(losses)), float(np.mean(norms)), float(np.mean(padding)), flops)
 
 
-def packed(run: Run, part: Sequence[RolloutTree], state: AepoState) -> tuple[list[Segment], list[MicroBatch]]:
+def packed(run: Run, part: Sequence[RolloutTree], state: AepoState) -> tuple[list[Segment], MicroBatches]:
     """Returns this process's trees of a minibatch, and its rows of the micro-batches that hold them."""
     segments = learner_segments(part, state, run.config.aepo, process=jax.process_index())
     return segments, run.pack(segments)

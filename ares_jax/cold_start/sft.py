@@ -28,7 +28,7 @@ from ares_jax.training import Update, make_optimizer, make_schedule, trainable
 from ares_jax.training.log_probs import TokenStatistics, token_statistics
 from ares_jax.training.run import TrainingRun
 from ares_jax.training.update import LossFn
-from data_pipeline.packing import Segment, padding_share, response_segment
+from data_pipeline.packing import Segment, response_segment
 from data_pipeline.prompts import Prompt
 
 
@@ -109,19 +109,21 @@ def fine_tune(
                 weighted, count = normalized(segments)
                 begin = time.time()
                 packed = run.pack(weighted)
+                fixed: list[dict[str, np.ndarray]] = [{} for _ in packed]
                 if training.reference is not None:
-                    for batch in packed:
-                        with jax.set_mesh(place.mesh):
-                            params = {**training.state.params, **training.reference}
-                            batch["reference_log_prob"] = local_rows(reference_log_probs(params, place.put_batch(batch)))
-                training.state, metrics = update(training.state, packed)
+                    params = {**training.state.params, **training.reference}
+                    with jax.set_mesh(place.mesh):
+                        rows_of = [local_rows(reference_log_probs(params, place.put_batch(batch))) for batch in packed]
+                    fixed = [{"reference_log_prob": rows} for rows in rows_of]
+                batches_now = ({**batch, **more} for batch, more in zip(packed, fixed, strict=True))
+                training.state, metrics = update(training.state, batches_now)
                 skipped, values = values["skipped"], {name: float(value) for name, value in metrics.items()}
             training.step = step + 1
             if values["skipped"] > skipped:
                 tqdm.write(f"{stage}: step {step + 1}: gradient not finite; update left out, {values['skipped']:.0f} so far")
             tokens += count
             seconds = time.time() - begin
-            values |= {"tokens_per_second": count / seconds, "padding": padding_share(packed)}
+            values |= {"tokens_per_second": count / seconds, "padding": packed.padding}
             values["learning_rate"] = float(schedule(step - skipped))
             values |= {"time/data": waited, "time/step": time.time() - started}
             frozen = config.optimizer.freeze_vision

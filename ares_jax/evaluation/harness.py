@@ -76,7 +76,7 @@ def evaluate(
         {
             "problem_id": prompt.problem_id, "level": prompt.level, "question": prompt.question, "answer": prompt.answer,
             "response": response, "correct": bool(correct), "tokens": tokens,
-            "image": to_data_url(prompt.images[0]) if prompt.images else None,
+            "image": None if (picture := prompt.picture()) is None else to_data_url(picture),
         }
         for prompt, response, correct, tokens in records[:samples_shown]
     ]  # fmt: skip

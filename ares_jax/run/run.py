@@ -37,8 +37,7 @@ from ares_jax.sampling.trigger_words import WORDS, read_words, trigger_mask
 from ares_jax.service.client import RolloutClient
 from ares_jax.service.process import start_sampler
 from data_pipeline import digits, tokenizer
-from data_pipeline.micro_batch import MicroBatch
-from data_pipeline.packing import Segment, pack
+from data_pipeline.packing import MicroBatches, Segment, pack
 from data_pipeline.prompts import Prompt, PromptEncoder
 from data_pipeline.reading import Ledger, Reader, read_all
 from data_pipeline.records import Keys
@@ -93,7 +92,7 @@ class Run:
         elements = read_all(Reader(problems, self.encoder), range(len(problems)), self.ledger(problems))
         return [prompt for _, prompt in itertools.islice(elements, limit)]
 
-    def pack(self, segments: Sequence[Segment]) -> list[MicroBatch]:
+    def pack(self, segments: Sequence[Segment]) -> MicroBatches:
         """Returns micro-batches of this process's segments: its own rows of each, shaped as every other process's.
 
         Raises `UserError` if the rows cannot be split among processes, `DataError` as `pack` does.

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from data_pipeline.pixels import PixelPatches
 from data_pipeline.prompts import Prompt
 
 
@@ -18,7 +19,7 @@ class RolloutRequest:
 
     problem_id: str
     token_ids: Int[np.ndarray, "T"]
-    patches: Float[np.ndarray, "P 1176"]
+    patches: PixelPatches | Float[np.ndarray, "P V"]
     grid_thw: Int[np.ndarray, "I 3"]
     positions: Int[np.ndarray, "3 T"]
     rope_delta: int

@@ -19,6 +19,7 @@ TOKEN_ARRAYS = {
     "window_mask": np.bool_, "policy_version": np.int32, "first_leaf": np.int32, "last_leaf": np.int32,
     "predictor": np.int32,
 }  # fmt: skip
+LEAF_ARRAYS = {"walk": np.int32, "tail_means": np.float32, "tail_mask": np.bool_}
 _COLUMNS = tuple(TOKEN_ARRAYS)[:6]  # of a trajectory, too
 
 
@@ -190,6 +191,7 @@ def tree_of(
             means[row, -count:], mask[row, -count:] = leaf.window_means[tail], leaf.window_mask[tail]
     return RolloutTree(
         problem_id, prompt_tokens, window, sum(p < 0 for p in parents) if first_roots is None else first_roots, **columns,
-        first_leaf=layout.first_leaf, last_leaf=layout.last_leaf, predictor=layout.predictor, walk=layout.leaves,
-        tail_means=means, tail_mask=mask, finish_reason=tuple(leaf.finish_reason for leaf in leaves),
+        first_leaf=layout.first_leaf, last_leaf=layout.last_leaf, predictor=layout.predictor,
+        walk=layout.leaves.astype(np.int32), tail_means=means, tail_mask=mask,
+        finish_reason=tuple(leaf.finish_reason for leaf in leaves),
     )  # fmt: skip

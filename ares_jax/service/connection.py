@@ -1,6 +1,5 @@
 """The connection to one sampler: asks for rollouts, hands over weights, says what went wrong."""
 
-import json
 import sys
 import threading
 import time
@@ -16,12 +15,14 @@ from ares_jax.errors import UserError
 from ares_jax.sampling.requests import RolloutRequest
 from ares_jax.sampling.rollout_tree import RolloutTree
 from ares_jax.service import transfer
-from ares_jax.service.protocol import VERSION_HEADER, decode_group, encode_request
+from ares_jax.service.frame import MEDIA_TYPE, FrameError, FrameStream
+from ares_jax.service.protocol import VERSION_HEADER, frame_requests, unframe_tree
 from ares_jax.service.shared_memory import file_in
 
 _PIECE = 2**20  # bytes handed to the socket at a time (httpcore copies the rest of a piece at every partial write)
 _SILENCE = 60.0  # seconds; a sampler at work says so every few
 _TAKEN = httpx.Timeout(10.0, read=600.0, write=_SILENCE)  # until weights are taken; then it looks whether they will be
+_LARGEST_ANSWER = 2**32  # bytes of a tree
 _LOOK = 1.0  # seconds between two such looks
 
 
@@ -144,8 +145,8 @@ class Connection:
         Raises `httpx.HTTPError` if the sampler is lost before the last, or has not the weights that were pushed;
         `FullError` if it has no room.
         """
-        body = json.dumps({"groups": [encode_request(request) for request in requests]}).encode()
-        with self._client.stream("POST", "/v1/rollouts", **_content(body, "application/json")) as answer:
+        body = frame_requests(requests)
+        with self._client.stream("POST", "/v1/rollouts", **_content(body, MEDIA_TYPE)) as answer:
             if answer.status_code in (429, 503) and "retry-after" in answer.headers:
                 self.down_since = None
                 raise FullError
@@ -157,16 +158,19 @@ class Connection:
                 raise UserError(f"sampler {self.url} refused the rollouts: {_reason(answer)}")
             if pushed is not None and int(answer.headers.get(VERSION_HEADER, pushed.version)) < pushed.version:
                 raise httpx.ReadError("it was started anew since the last request: its weights are other ones")
-            count = 0
-            for line in answer.iter_lines():
-                if not line:
-                    yield None
-                    continue
-                value = json.loads(line)
-                if "error" in value:
-                    raise UserError(f"sampler {self.url}: {value['error']}")
-                yield value["index"], decode_group(value["group"])
-                count += 1
+            count, stream = 0, FrameStream(_LARGEST_ANSWER)
+            try:
+                for piece in answer.iter_bytes():
+                    for fields, arrays in stream.feed(piece):
+                        if not fields:
+                            yield None
+                            continue
+                        if "error" in fields:
+                            raise UserError(f"sampler {self.url}: {fields['error']}")
+                        yield unframe_tree(fields, arrays)
+                        count += 1
+            except FrameError as error:
+                raise UserError(f"sampler {self.url}: {error}") from None
         if count < len(requests):
             raise httpx.ReadError(f"the answer ended after {count} of {len(requests)} groups")
 

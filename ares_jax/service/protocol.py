@@ -1,19 +1,26 @@
-"""What goes over the wire: JSON, arrays as base64 of their little-endian bytes."""
+"""What goes over the wire: rollouts as frames (`frame`) between our own processes; as JSON for whoever asks for it.
+
+In JSON arrays are base64 of their little-endian bytes.
+"""
 
 import base64
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ares_jax.sampling.requests import RolloutRequest, rollout_request
-from ares_jax.sampling.rollout_tree import RolloutTree, Trajectory, tree_of
+from ares_jax.sampling.rollout_tree import LEAF_ARRAYS, TOKEN_ARRAYS, RolloutTree, Trajectory, tree_of
+from ares_jax.service import frame
 from ares_jax.service.chat import Message, StopStrings, image_urls
+from data_pipeline.pixels import Cut, PixelPatches
 from data_pipeline.prompts import Prompt
 
 VERSION_HEADER = "ares-policy-version"  # of an answer with rollouts: of the weights when they were asked for
+MOST_GROUPS = 4096  # of a request
 _DTYPES = {"int32", "float32", "bool"}
 _REQUEST_ARRAYS = {"token_ids": "int32", "patches": "float32", "grid_thw": "int32", "positions": "int32"}
 _LEAF_ARRAYS = {
@@ -22,6 +29,7 @@ _LEAF_ARRAYS = {
 }  # fmt: skip
 
 
+_TREE_FIELDS = ("problem_id", "prompt_tokens", "window", "first_roots", "finish_reason")
 _GROUP_NUMBERS = ("problem_id", "prompt_tokens", "computed_tokens", "shared_tokens", "window", "first_roots")
 
 
@@ -111,14 +119,30 @@ class TokenGroupModel(_Plain):
         token_ids = np.array(self.token_ids, np.int32)
         positions = np.broadcast_to(np.arange(len(token_ids), dtype=np.int32), (3, len(token_ids)))
         nothing = np.zeros((0, 1176), np.float32), np.zeros((0, 3), np.int32)
-        return self._request(Prompt("", "", "", "", "", (), token_ids, *nothing, positions, 0))
+        return self._request(Prompt("", "", "", "", "", token_ids, *nothing, positions, 0))
+
+
+class PixelsModel(BaseModel):
+    """What `PixelPatches` is made of, but for its arrays: `pixels`, uint8, and `table`, float32 [3, 256]."""
+
+    model_config = ConfigDict(extra="forbid")
+    cuts: list[tuple[Annotated[int, Field(ge=1, le=2**24)], Literal[1, 2]]] = Field(max_length=4096)
+    values: Literal[1176]
+
+
+class FramedGroupModel(_DrawModel):
+    """`RolloutRequest` but for its arrays, which stand in the frame beside it."""
+
+    root_leaves: int = Field(ge=1, le=1024)
+    rope_delta: int = Field(ge=-(2**31), lt=2**31)
+    pixels: PixelsModel | None = None  # null: the frame has patches
 
 
 class RolloutsModel(BaseModel):
     """Body of `POST /v1/rollouts`."""
 
     model_config = ConfigDict(extra="forbid")
-    groups: list[GroupModel | TokenGroupModel | ChatGroupModel] = Field(min_length=1, max_length=4096)
+    groups: list[GroupModel | TokenGroupModel | ChatGroupModel] = Field(min_length=1, max_length=MOST_GROUPS)
 
 
 def encode_array(array: np.ndarray) -> dict[str, Any]:
@@ -155,8 +179,65 @@ def decode_request(model: GroupModel) -> RolloutRequest:
             value[name] = decode_array(value[name], dtype)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+    return _checked(value, model.stop)
+
+
+def frame_requests(requests: Sequence[RolloutRequest]) -> bytes:
+    """Returns requests as one frame."""
+    plain, arrays = [], {}
+    for number, request in enumerate(requests):
+        own = {name: value for name, value in vars(request).items() if name not in _REQUEST_ARRAYS}
+        own["tau_high"] = request.tau_high if math.isfinite(request.tau_high) else None
+        plain.append(own)
+        if isinstance(patches := request.patches, PixelPatches):
+            own["pixels"] = {"cuts": patches.cuts, "values": patches.shape[1]}
+            arrays |= {f"{number}/pixels": np.frombuffer(patches.data, np.uint8), f"{number}/table": patches.table}
+        for name, dtype in _REQUEST_ARRAYS.items():
+            if name != "patches" or "pixels" not in own:
+                arrays[f"{number}/{name}"] = np.asarray(getattr(request, name), dtype)
+    return frame.encode({"groups": plain}, arrays)
+
+
+def unframe_requests(data: bytes) -> list[RolloutRequest]:
+    """Returns the requests of a frame. Raises `ValueError` for what is none, naming the group and the field."""
+    fields, arrays = frame.decode(data)
+    groups = fields.get("groups")
+    if not isinstance(groups, list) or not 1 <= len(groups) <= MOST_GROUPS:
+        raise frame.FrameError(f"a frame of requests has 1 to {MOST_GROUPS} groups, in the field `groups`")
+    requests = []
+    for number, group in enumerate(groups):
+        try:
+            model = FramedGroupModel.model_validate(group)
+            value = model.model_dump()
+            del value["pixels"]
+            for name, dtype in _REQUEST_ARRAYS.items():
+                if name == "patches" and model.pixels is not None:
+                    value[name] = _pixels(model.pixels, *(arrays.get(f"{number}/{part}") for part in ("pixels", "table")))
+                    continue
+                if (array := arrays.get(f"{number}/{name}")) is None or array.dtype != dtype:
+                    raise ValueError(f"{name}: no array {number}/{name} of {dtype} in the frame")
+                value[name] = array
+            requests.append(_checked(value, model.stop))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"groups.{number}.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        except ValueError as error:
+            raise ValueError(f"groups.{number}.{error}") from None
+    return requests
+
+
+def _pixels(model: PixelsModel, pixels: np.ndarray | None, table: np.ndarray | None) -> PixelPatches:
+    """Raises `ValueError` where the arrays are missing, or not as many bytes as the patches have."""
+    if pixels is None or pixels.dtype != np.uint8 or table is None or (table.dtype, table.shape) != (np.float32, (3, 256)):
+        raise ValueError("pixels: the frame needs arrays `pixels`, uint8, and `table`, float32 [3, 256], of the group")
+    patches = PixelPatches(np.ascontiguousarray(pixels).reshape(-1), [Cut(*cut) for cut in model.cuts], table, model.values)
+    patches.raw()
+    return patches
+
+
+def _checked(value: dict[str, Any], stop: Sequence[str]) -> RolloutRequest:
     tokens, patches, images = (
-        value[name].shape[0] if value[name].ndim else -1 for name in ("token_ids", "patches", "grid_thw")
+        value[name].shape[0] if value[name].shape else -1 for name in ("token_ids", "patches", "grid_thw")
     )
     expected = {"token_ids": (tokens,), "positions": (3, tokens), "patches": (patches, 1176), "grid_thw": (images, 3)}
     for name, shape in expected.items():
@@ -168,7 +249,7 @@ def decode_request(model: GroupModel) -> RolloutRequest:
     if (grid > patches).any() or int(grid.prod(axis=1, dtype=np.int64).sum()) != patches:
         raise ValueError(f"grid_thw counts other than the {patches} patches given")
     value["tau_high"] = math.inf if value["tau_high"] is None else value["tau_high"]
-    return RolloutRequest(**{**value, "stop": tuple(model.stop)})
+    return RolloutRequest(**{**value, "stop": tuple(stop)})
 
 
 def encode_group(group: RolloutTree) -> dict[str, Any]:
@@ -185,3 +266,17 @@ def decode_group(value: dict[str, Any]) -> RolloutTree:
     ]
     numbers = {name: value[name] for name in ("prompt_tokens", "window", "first_roots")}
     return tree_of(value["problem_id"], leaves, **numbers)
+
+
+def frame_tree(index: int, tree: RolloutTree) -> bytes:
+    """Returns a finished tree, the answer to request number `index`, as a frame."""
+    names = (*TOKEN_ARRAYS, *LEAF_ARRAYS)
+    fields = {"index": index, **{name: getattr(tree, name) for name in _TREE_FIELDS}}
+    return frame.encode(fields, {name: getattr(tree, name) for name in names})
+
+
+def unframe_tree(fields: dict[str, Any], arrays: dict[str, np.ndarray]) -> tuple[int, RolloutTree]:
+    """Returns what `frame_tree` was given."""
+    plain = {name: fields[name] for name in _TREE_FIELDS}
+    plain["finish_reason"] = tuple(plain["finish_reason"])
+    return fields["index"], RolloutTree(**plain, **arrays)

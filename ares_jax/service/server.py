@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import json
 import os
@@ -14,6 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 import uvicorn
 from etils import epath
@@ -21,14 +23,17 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import ValidationError
 
 from ares_jax.errors import UserError
 from ares_jax.metrics import write_json
 from ares_jax.sampling.requests import RolloutRequest
-from ares_jax.service import transfer
+from ares_jax.sampling.rollout_tree import RolloutTree
+from ares_jax.service import frame, transfer
 from ares_jax.service.chat import ChatFormat, RefusedError, error_body
 from ares_jax.service.chat_routes import ChatLimits, PromptMaker, chat_router, refused
 from ares_jax.service.draining import Drain
+from ares_jax.service.frame import MEDIA_TYPE
 from ares_jax.service.load import Load
 from ares_jax.service.prometheus import make_registry
 from ares_jax.service.protocol import (
@@ -39,6 +44,8 @@ from ares_jax.service.protocol import (
     TokenGroupModel,
     decode_request,
     encode_group,
+    frame_tree,
+    unframe_requests,
 )
 from ares_jax.service.shared_memory import shared_folder
 from ares_jax.service.weight_routes import weight_router
@@ -134,6 +141,12 @@ def make_app(
     async def metrics():
         return PlainTextResponse(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
+    def json_requests(data: bytes) -> RolloutsModel:
+        try:
+            return RolloutsModel.model_validate_json(data)
+        except ValidationError as error:
+            raise RequestValidationError([{**item, "loc": ("body", *item["loc"])} for item in error.errors()]) from None
+
     async def to_request(group: GroupModel | TokenGroupModel | ChatGroupModel) -> RolloutRequest:
         if isinstance(group, GroupModel):
             return await asyncio.to_thread(decode_request, group)
@@ -143,17 +156,26 @@ def make_app(
             raise ValueError("this sampler takes encoded prompts only, no messages")
         return group.request(await make_prompt(group.messages))
 
-    @app.post("/v1/rollouts", max_body_size=min(limits.rollouts_bytes, limits.body_bytes))
-    async def rollouts(body: RolloutsModel):
+    @app.post(
+        "/v1/rollouts", max_body_size=min(limits.rollouts_bytes, limits.body_bytes), openapi_extra=_ROLLOUTS_BODY,
+        responses={200: {"description": "A tree as each finishes", "content": {"application/x-ndjson": {}, MEDIA_TYPE: {}}}},
+    )  # fmt: skip
+    async def rollouts(request: Request):
+        data, framed = await request.body(), request.headers.get("content-type", "").startswith(MEDIA_TYPE)
         with contextlib.ExitStack() as leaving:
-            # A place each, before anything is made of them.
-            places = load.places("groups", len(body.groups), limit=limits.queued_groups, status=503)
+            groups: Sequence[RolloutRequest | GroupModel | TokenGroupModel | ChatGroupModel]
+            try:
+                groups = await asyncio.to_thread(unframe_requests, data) if framed else json_requests(data).groups
+            except ValueError as error:
+                raise HTTPException(422, str(error)) from None
+            # A place each, before anything more is made of them.
+            places = load.places("groups", len(groups), limit=limits.queued_groups, status=503)
             held = leaving.enter_context(places)
-            held.take(sent := sum(group.sent_bytes for group in body.groups))
+            held.take(sent := sum(0 if isinstance(group, RolloutRequest) else group.sent_bytes for group in groups))
             requests, made = [], 0
-            for group in body.groups:
+            for group in groups:
                 try:
-                    requests.append(await to_request(group))
+                    requests.append(group if isinstance(group, RolloutRequest) else await to_request(group))
                 except ValueError as error:
                     raise HTTPException(422, str(error)) from None
                 made += requests[-1].patches.nbytes
@@ -162,28 +184,67 @@ def make_app(
                 held.take(sent + made)
             held.take(made)
             futures = [worker.rollout(request) for request in requests]
-            lines = _lines(worker, futures, leaving.pop_all())
-            await anext(lines)  # begun, it is sure to be closed, and with it the places given back
+            answers = _answers(worker, futures, leaving.pop_all(), _FRAMES if framed else _LINES)
+            await anext(answers)  # begun, it is sure to be closed, and with it the places given back
         headers = {VERSION_HEADER: str(worker.policy_version)}
-        return StreamingResponse(lines, media_type="application/x-ndjson", headers=headers)
+        return StreamingResponse(answers, media_type=MEDIA_TYPE if framed else "application/x-ndjson", headers=headers)
 
+    app.openapi = functools.partial(_document, app, app.openapi)  # type: ignore[method-assign]
     return app
 
 
-async def _lines(worker: Worker, futures: Sequence[Future], places: contextlib.ExitStack) -> AsyncIterator[str]:
-    """Yields nothing once, then a line for each group as it finishes. Leaving it gives places back and stops the rest."""
+_ROLLOUTS_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": {"$ref": "#/components/schemas/RolloutsModel"}},
+            MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}},
+        },
+    }
+}
+
+
+def _document(app: FastAPI, make: Callable[[], dict]) -> dict:
+    """Returns the OpenAPI document, with the schemas of a body that FastAPI does not read itself."""
+    if app.openapi_schema is None:
+        schemas = make()["components"]["schemas"]
+        own = RolloutsModel.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= own.pop("$defs") | {"RolloutsModel": own}
+    assert app.openapi_schema is not None
+    return app.openapi_schema
+
+
+class _Form(NamedTuple):
+    """How an answer is written: a tree or an error with the number of its request, and a sign of life."""
+
+    tree: Callable[[int, RolloutTree], bytes]
+    error: Callable[[int, str], bytes]
+    alive: bytes
+
+
+def _line(index: int, **value) -> bytes:
+    return json.dumps({"index": index, **value}).encode() + b"\n"
+
+
+_LINES = _Form(lambda i, tree: _line(i, group=encode_group(tree)), lambda i, error: _line(i, error=error), b"\n")
+_FRAMES = _Form(frame_tree, lambda i, error: frame.encode({"index": i, "error": error}, {}), frame.encode({}, {}))
+
+
+async def _answers(
+    worker: Worker, futures: Sequence[Future], places: contextlib.ExitStack, form: _Form
+) -> AsyncIterator[bytes]:
+    """Yields nothing once, then each tree as it finishes. Leaving it gives places back and stops the rest."""
     waiting = {asyncio.wrap_future(future): index for index, future in enumerate(futures)}
     with places:
         try:
-            yield ""
+            yield b""
             while waiting:
                 done, _ = await asyncio.wait(waiting, timeout=_HEARTBEAT, return_when=asyncio.FIRST_COMPLETED)
                 if not done:
-                    yield "\n"
+                    yield form.alive
                 for item in done:
                     index, error = waiting.pop(item), item.exception()
-                    answer = {"error": str(error)} if error else {"group": encode_group(item.result())}
-                    yield json.dumps({"index": index, **answer}) + "\n"
+                    yield form.error(index, str(error)) if error else form.tree(index, item.result())
         finally:  # also when the client has gone
             for index in waiting.values():
                 worker.cancel(futures[index])

@@ -15,7 +15,7 @@ from data_pipeline.prompts import Prompt
 from tests.aepo import oracle
 
 PROMPT = Prompt(
-    "p", "s", "easy", "?", "1", (), np.arange(3, dtype=np.int32), np.zeros((0, 1176), np.float32),
+    "p", "s", "easy", "?", "1", np.arange(3, dtype=np.int32), np.zeros((0, 1176), np.float32),
     np.zeros((0, 3), np.int32), np.zeros((3, 3), np.int32), 0,
 )  # fmt: skip
 

@@ -211,6 +211,12 @@ def test_a_batch_that_cannot_be_filled_says_how_hard_the_problems_are():
     assert len(asked) == 2
 
 
+class Named(str):
+    """Stands for packed micro-batches."""
+
+    padding = 0.0
+
+
 @pytest.mark.parametrize("old", ["recomputed", "sampler"])
 def test_recomputed_log_probs_are_of_the_policy_before_all_updates(monkeypatch, old):
     """They are computed before the first update, which needs none, as it is of that policy."""
@@ -221,8 +227,7 @@ def test_recomputed_log_probs_are_of_the_policy_before_all_updates(monkeypatch, 
         return SimpleNamespace(params="later", skipped=0), dict(loss=0.0, grad_norm=0.0, skipped=0, tokens=np.ones(()))
 
     learner = SimpleNamespace(log_probs=lambda params, batches: f"{params} of {batches}", update=update)
-    monkeypatch.setattr(updates, "packed", lambda workspace, part, state: ([], part[0]))
-    monkeypatch.setattr(updates, "padding_share", lambda batches: 0.0)
+    monkeypatch.setattr(updates, "packed", lambda run, part, state: ([], Named(part[0])))
     monkeypatch.setattr(updates, "update_flops", lambda *_, **__: 0.0)
     c = get_config()
     c.aepo.update(old_log_probs=old, minibatches=3)

@@ -29,7 +29,7 @@ def test_problems_are_deterministic_and_every_trace_is_right():
 
 def test_a_digit_is_one_merged_vision_token():
     prompt = encoder()(digits.DigitsSource("train", 3, seed=0)[2])
-    cards = prompt.images[0].shape[0] // 28 * (prompt.images[0].shape[1] // 28)
+    cards = prompt.picture().shape[0] // 28 * (prompt.picture().shape[1] // 28)
     assert (prompt.token_ids == encoder().tokenizer.convert_tokens_to_ids("<|image_pad|>")).sum() == cards
     assert len(prompt.patches) == 4 * cards
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ares_jax.models.qwen2_5_vl.attention import causal_mask
 from data_pipeline.errors import DataError
-from data_pipeline.packing import Segment, leaf_runs, pack, padding_share, response_segment, shapes
+from data_pipeline.packing import Segment, leaf_runs, pack, response_segment, shapes
 from data_pipeline.tree_layout import tree_layout
 from data_pipeline.tree_segments import tree_segment
 
@@ -149,7 +149,7 @@ def demo_like(rng):
 
 def test_little_is_padding():
     drawn = [demo_like(np.random.default_rng(seed)) for seed in range(4)]
-    share = [padding_share(pack(trees, rows=4, row_tokens=384, row_patches=1, halvings=2)) for trees in drawn]
+    share = [pack(trees, rows=4, row_tokens=384, row_patches=1, halvings=2).padding for trees in drawn]
     assert np.mean(share) < 0.045
 
 
@@ -174,7 +174,7 @@ def test_processes_get_the_same_shapes_and_each_its_own():
     for thread in threads:
         thread.join()
     few, many = ([b["tokens"].shape for b in results[i]] for i in range(2))
-    assert few == many and padding_share(results[0]) > padding_share(results[1])
+    assert few == many and results[0].padding > results[1].padding
 
 
 def test_halves_have_fewer_rows_as_long_as_those_can_be_split():

@@ -10,9 +10,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from data_pipeline.errors import DataError
 from data_pipeline.images import decode_image
+from data_pipeline.pixels import pixel_patches, value_table
 from data_pipeline.prompts import Problem, PromptEncoder
 from data_pipeline.tokenizer import load_processors, make_image_processor, save_processors
-from data_pipeline.videos import video_patches
+from data_pipeline.videos import video_pixels
 from tests import digits
 
 LIMITS = 262_144, 4_194_304  # upstream's
@@ -106,7 +107,9 @@ def their_video(frames, limits):
 def test_videos(count, size):
     rng, limits = np.random.default_rng(3), (784 * 2, 784 * 16)
     frames = np.stack([picture(rng, *size) for _ in range(count)])
-    patches, grid = video_patches(make_image_processor(*limits), frames)
+    processor = make_image_processor(*limits)
+    pixels, grid = video_pixels(processor, frames)
+    patches = pixel_patches([pixels], value_table(processor), 1176)
     expected, shape = their_video(list(frames), limits)
     np.testing.assert_array_equal(grid, [shape])
     np.testing.assert_allclose(patches, expected, atol=1e-6)

@@ -9,7 +9,7 @@ from data_pipeline.tree_layout import path, tree_layout
 from data_pipeline.tree_segments import tree_segment
 
 PROMPT = Prompt(
-    "p", "s", "easy", "?", "1", (), np.arange(100, 104, dtype=np.int32), np.zeros((0, 1176), np.float32),
+    "p", "s", "easy", "?", "1", np.arange(100, 104, dtype=np.int32), np.zeros((0, 1176), np.float32),
     np.zeros((0, 3), np.int32), np.array([[0, 1, 2, 3]] * 3), 7,
 )  # fmt: skip
 

@@ -357,7 +357,7 @@ def test_the_token_is_the_api_key():
 def token_request(plain, **changes):
     ids = np.array(plain["token_ids"], np.int32)
     nothing = np.zeros((0, 1176), np.float32), np.zeros((0, 3), np.int32)
-    prompt = Prompt("chat", "", "", "", "", (), ids, *nothing, np.broadcast_to(np.arange(len(ids)), (3, len(ids))), 0)
+    prompt = Prompt("chat", "", "", "", "", ids, *nothing, np.broadcast_to(np.arange(len(ids)), (3, len(ids))), 0)
     draw = {name: value for name, value in plain.items() if name != "token_ids"}
     return rollout_request(prompt, group_size=8, max_branches_per_sequence=2, **draw, **changes)
 
