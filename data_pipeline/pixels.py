@@ -16,7 +16,7 @@ _FRAMES_SHOWN = 2  # in a patch
 class Cut(NamedTuple):
     """Patches of one image or video."""
 
-    count: int
+    patches: int
     frames: int  # different ones of each patch: 1 of a still image
 
 
@@ -34,8 +34,10 @@ class PixelPatches:
           table: of each colour, the float32 that each value becomes.
           values: V, of a patch.
         """
-        self.data, self.cuts, self.table = memoryview(data).cast("B"), tuple(Cut(*cut) for cut in cuts), table
-        self.shape = (sum(cut.count for cut in self.cuts), values)
+        held: Any = data
+        self.data = np.frombuffer(held, np.uint8)
+        self.cuts, self.table = tuple(Cut(*cut) for cut in cuts), table
+        self.shape = (sum(cut.patches for cut in self.cuts), values)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -63,8 +65,9 @@ class PixelPatches:
     def raw(self) -> UInt8[np.ndarray, "N"]:
         """Returns the values as they are, in the order of the patches. Raises `ValueError` if they are not as many."""
         expected = sum(self._sizes())
-        data = self.data if self.data.nbytes == expected else _decompressed(self.data, expected)
-        return np.frombuffer(data, np.uint8)
+        if self.data.nbytes == expected:
+            return self.data
+        return np.frombuffer(_decompressed(self.data, expected), np.uint8)
 
     def image(self, index: int, rows: int, columns: int, *, merged: int = 2) -> UInt8[np.ndarray, "H W C"]:
         """Returns an image, or a video's first frame, of `rows` x `columns` patches, as the model sees it.
@@ -82,7 +85,7 @@ class PixelPatches:
     def _sizes(self) -> list[int]:
         """Bytes of each image, not compressed."""
         per_frame = self.shape[1] // _FRAMES_SHOWN
-        return [cut.count * cut.frames * per_frame for cut in self.cuts]
+        return [cut.patches * cut.frames * per_frame for cut in self.cuts]
 
 
 def pixel_patches(
@@ -104,10 +107,10 @@ def value_table(image_processor) -> Float[np.ndarray, "3 256"]:
     return np.asarray(scaled, np.float32)[:, :, 0]
 
 
-def _decompressed(data: memoryview, expected: int) -> bytes:
+def _decompressed(data: UInt8[np.ndarray, "N"], expected: int) -> bytes:
     machine = zlib.decompressobj()
     try:
-        raw = machine.decompress(data, expected + 1)  # no more than that is made, whatever the data say
+        raw = machine.decompress(data.tobytes(), expected + 1)  # no more than that is made, whatever the data say
     except zlib.error as error:
         raise ValueError(f"pixels: {error}; send {expected} bytes, or the same compressed by zlib") from None
     if len(raw) != expected:

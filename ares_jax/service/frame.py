@@ -83,7 +83,7 @@ def decode(data: bytes | memoryview) -> Frame:
     return Frame(fields, arrays)
 
 
-def total_bytes(start: bytes | memoryview, *, limit: int) -> int:
+def total_bytes(start: bytes | bytearray | memoryview, *, limit: int) -> int:
     """Returns the length that a frame says it has. Raises `FrameError` if the bytes begin none, or it is above `limit`."""
     if len(start) < _START.size:
         raise FrameError(f"{len(start)} bytes are no frame, which begins with {_START.size}; send it whole")

@@ -184,14 +184,15 @@ def decode_request(model: GroupModel) -> RolloutRequest:
 
 def frame_requests(requests: Sequence[RolloutRequest]) -> bytes:
     """Returns requests as one frame."""
-    plain, arrays = [], {}
+    plain: list[dict[str, Any]] = []
+    arrays: dict[str, np.ndarray] = {}
     for number, request in enumerate(requests):
         own = {name: value for name, value in vars(request).items() if name not in _REQUEST_ARRAYS}
         own["tau_high"] = request.tau_high if math.isfinite(request.tau_high) else None
         plain.append(own)
         if isinstance(patches := request.patches, PixelPatches):
             own["pixels"] = {"cuts": patches.cuts, "values": patches.shape[1]}
-            arrays |= {f"{number}/pixels": np.frombuffer(patches.data, np.uint8), f"{number}/table": patches.table}
+            arrays |= {f"{number}/pixels": patches.data, f"{number}/table": patches.table}
         for name, dtype in _REQUEST_ARRAYS.items():
             if name != "patches" or "pixels" not in own:
                 arrays[f"{number}/{name}"] = np.asarray(getattr(request, name), dtype)
@@ -277,6 +278,6 @@ def frame_tree(index: int, tree: RolloutTree) -> bytes:
 
 def unframe_tree(fields: dict[str, Any], arrays: dict[str, np.ndarray]) -> tuple[int, RolloutTree]:
     """Returns what `frame_tree` was given."""
-    plain = {name: fields[name] for name in _TREE_FIELDS}
+    plain: dict[str, Any] = {name: fields[name] for name in _TREE_FIELDS}
     plain["finish_reason"] = tuple(plain["finish_reason"])
-    return fields["index"], RolloutTree(**plain, **arrays)
+    return fields["index"], RolloutTree(**plain | arrays)

@@ -26,7 +26,7 @@ def served():
 
 def test_a_sampler_elsewhere_fetches_them(served, monkeypatch):
     engine, url = served
-    monkeypatch.setattr(weight_routes.weights, "from_bytes", None)  # not through HTTP
+    monkeypatch.setattr(weight_routes.weight_files, "from_bytes", None)  # not through HTTP
     client = RolloutClient([url])
     for version in (4, 5):
         client.push_weights({"w": FLAT["w"] * version}, version, in_flight="finish")
@@ -57,7 +57,7 @@ def test_what_cannot_be_fetched_changes_nothing(served, monkeypatch):
 
 def test_a_learner_of_several_addresses_offers_them_at_the_one_that_the_sampler_sees(served, monkeypatch):
     engine, url = served
-    monkeypatch.setattr(weight_routes.weights, "from_bytes", None)  # not through HTTP
+    monkeypatch.setattr(weight_routes.weight_files, "from_bytes", None)  # not through HTTP
     client = RolloutClient([url])
     second = httpx.HTTPTransport(local_address="127.0.0.2")  # by its route to the sampler it would be 127.0.0.1
     monkeypatch.setattr(client._samplers[0], "_client", httpx.Client(base_url=url, transport=second))
