@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from ares_jax.aepo.filtering import keep_tree, pass_rate_histogram
 from ares_jax.aepo.scoring import grade, score
@@ -161,5 +162,6 @@ class RolloutProducer:
 
 
 def _without_pixels(tree: RolloutTree) -> RolloutTree:
-    prompt = dataclasses.replace(tree.problem, patches=tree.problem.patches[:0])
+    none = np.zeros((0, tree.problem.patches.shape[1]), np.float32)
+    prompt = dataclasses.replace(tree.problem, patches=none)
     return dataclasses.replace(tree, prompt=prompt)
