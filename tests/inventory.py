@@ -13,7 +13,7 @@ from pathlib import Path
 
 def collected(folder: Path, everything: bool) -> set[str]:
     """Returns the ids of the tests that a checkout's `make test`, or `make test-all`, runs."""
-    line = [sys.executable, "-m", "pytest", "--collect-only", "-qq", "--override-ini=addopts=--import-mode=importlib"]
+    line = [sys.executable, "-m", "pytest", "--collect-only", "--override-ini=addopts=--import-mode=importlib"]
     environment = {**os.environ, "ARES_TESTS": "all" if everything else "", "PYTHONPATH": ""}
     done = subprocess.run([*line, "-q"], cwd=folder, env=environment, capture_output=True, text=True)
     return {text for text in done.stdout.splitlines() if "::" in text}
